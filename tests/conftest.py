@@ -1,0 +1,16 @@
+"""Shared by the tests: a headless figure backend, and the folder of real images when CI or a person names it."""
+import os
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data sets; tests that need it skip without `SHIPNB_REAL_DATA`."""
+    folder = os.environ.get("SHIPNB_REAL_DATA")
+    if not folder: pytest.skip("SHIPNB_REAL_DATA is not set: no real images here")
+    return Path(folder)

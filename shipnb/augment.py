@@ -22,7 +22,10 @@ from .masks import encode_instances, label_instances, render_mask
 
 # %% ../nbs/05_augment.ipynb #65ba656e
 class Pipeline(A.Compose):
-    """`albumentations.Compose` whose transforms share one random state; call as `pipeline(image=, mask=)`, seed with `set_random_seed(seed)`."""
+    """`albumentations.Compose` whose transforms share one random state.
+
+    Call as `pipeline(image=, mask=)`, which gives a dict; `set_random_seed(seed)` starts it again.
+    """
     def set_random_seed(self, seed):
         """Start all transforms from `seed` (whole number >= 0; None takes one from the system)."""
         self.seed = seed
@@ -35,18 +38,21 @@ def _affine(**options):
 
 
 def _elastic():
-    """The write-up's elastic transform: a slight random affinity, then smooth random displacements of about 3 pixels."""
+    """The write-up's elastic transform: a slight random affinity, then smooth displacements of about 3 pixels."""
     slight = _affine(scale=(0.97, 1.03), shear=(-1.7, 1.7), translate_percent=(-0.01, 0.01), p=1)
-    waves = A.ElasticTransform(alpha=120, sigma=6, noise_distribution="uniform", border_mode=cv2.BORDER_REFLECT_101, p=1)
+    waves = A.ElasticTransform(alpha=120, sigma=6, noise_distribution="uniform", border_mode=cv2.BORDER_REFLECT_101,
+                               p=1)
     return A.Sequential([slight, waves], p=0.5)
 
 # %% ../nbs/05_augment.ipynb #2f16f75c
 SOURCE = {   # the Airbus write-up's transforms, in its order
-    "shift_scale_rotate": lambda: _affine(scale=(0.8, 1.2), keep_ratio=True, translate_percent=(-0.1, 0.1), rotate=(-45, 45), p=0.5),
+    "shift_scale_rotate": lambda: _affine(scale=(0.8, 1.2), keep_ratio=True, translate_percent=(-0.1, 0.1),
+                                          rotate=(-45, 45), p=0.5),
     "gaussian_blur": lambda: A.GaussianBlur(blur_limit=(3, 5), sigma_limit=(0.8, 1.1), p=0.5),
     "elastic": _elastic,
     "gauss_noise": lambda: A.GaussNoise(std_range=(3.534 / 255, 4.852 / 255), p=0.5),
-    "cutout": lambda: A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16), fill=0, p=0.5),
+    "cutout": lambda: A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16),
+                                      fill=0, p=0.5),
     "color_jitter": lambda: A.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.2, p=0.5),
     "optical_distortion": lambda: A.OpticalDistortion(distort_limit=0.5, border_mode=cv2.BORDER_REFLECT_101, p=0.5),
 }
@@ -60,14 +66,16 @@ PRESETS = {
 
 # %% ../nbs/05_augment.ipynb #48717a4b
 def preset(name, size=None, seed=None):
-    """Return a named augmentation, to be called as `t(image=uint8 (h, w, 3), mask=uint8 (h, w))` and giving a dict of both.
+    """Return a named augmentation, called as `t(image=uint8 (h, w, 3), mask=uint8 (h, w))` and giving a dict of both.
 
     Parameters
     ----------
     name : a key of `PRESETS`, or several joined by "+", applied in that order:
-        "none"; "flips" (left-right and up-down); "d4" (flips and quarter turns, eight ways; height and width change places, so use square images);
+        "none"; "flips" (left-right and up-down); "d4" (flips and quarter turns, eight ways; height and width change
+        places, so use square images);
         "source" (the Airbus write-up's list, each at probability 1/2); its members singly: see `SOURCE`.
-    size : (height, width) in pixels of a random crop taken first, for training on parts of large images; a smaller image is mirrored at its borders.
+    size : (height, width) in pixels of a random crop taken first, for training on parts of large images; a smaller
+        image is mirrored at its borders.
         Nothing is resampled. None keeps the image's size.
     seed : whole number >= 0, or None for one from the system; `set_random_seed` on the result starts it again.
 
@@ -82,40 +90,48 @@ def preset(name, size=None, seed=None):
     """
     names = name.split("+")
     unknown = [o for o in names if o not in PRESETS]
-    if unknown: raise ValueError(f"unknown augmentation '{unknown[0]}'; known are {', '.join(PRESETS)}, and several joined by '+'")
+    if unknown:
+        raise ValueError(f"unknown augmentation '{unknown[0]}'; known are {', '.join(PRESETS)}; join several by '+'")
     return Pipeline(_crop(size) + [make() for o in names for make in PRESETS[o]], seed=seed)
 
 
 def _crop(size):
     """The transforms that bring an image to `size` by a random crop: one, or none when `size` is None."""
     if size is None: return []
-    if len(size) != 2 or not all(isinstance(o, (int, np.integer)) and o >= 1 for o in size): raise ValueError(f"size must be (height, width) in pixels, not {size}")
+    if len(size) != 2 or not all(isinstance(o, (int, np.integer)) and o >= 1 for o in size):
+        raise ValueError(f"size must be (height, width) in pixels, not {size}")
     return [A.RandomCrop(*map(int, size), pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101)]
 
 # %% ../nbs/05_augment.ipynb #26bacb1b
 class RandomDownsample(A.DualTransform):
     """Downsample image and mask by one random factor.
 
-    Call it as `t(image, mask)`, which gives both back, or as any albumentations transform, `t(image=, mask=)`, which gives a dict; it may stand in a `Pipeline`.
+    Call it as `t(image, mask)`, which gives both back, or as any albumentations transform, `t(image=, mask=)`, which
+    gives a dict; it may stand in a `Pipeline`.
 
     Parameters
     ----------
     p : probability of doing anything.
-    factor : (low, high), 1 or more; the sides are divided by a factor drawn uniformly between them and rounded, 1 pixel at least.
-    seed : whole number >= 0, or None for one from the system; `set_random_seed` starts it again. Global random states play no part.
+    factor : (low, high), 1 or more; the sides are divided by a factor drawn uniformly between them and rounded, 1 pixel
+        at least.
+    seed : whole number >= 0, or None for one from the system; `set_random_seed` starts it again. Global random states
+        play no part.
     keep_size : False, "pad" (also True) or "blur".
 
     Raises
     ------
     ValueError
-        When `p`, `factor` or `keep_size` is out of range, or (on a call) image and mask differ in size or the mask holds anything but 0 and 1.
+        When `p`, `factor` or `keep_size` is out of range, or (on a call) image and mask differ in size or the mask
+        holds anything but 0 and 1.
     """
     _targets = (Targets.IMAGE, Targets.MASK)
 
     def __init__(self, p=0.5, factor=(1.5, 4.0), seed=None, keep_size=False):
         if not 0 <= p <= 1: raise ValueError(f"p must be from 0 to 1, not {p}")
-        if len(factor) != 2 or not 1 <= factor[0] <= factor[1] < np.inf: raise ValueError(f"factor must be (low, high) with 1 <= low <= high, not {factor}")
-        if keep_size not in (False, True, "pad", "blur"): raise ValueError(f"keep_size must be False, 'pad' or 'blur', not {keep_size!r}")
+        if len(factor) != 2 or not 1 <= factor[0] <= factor[1] < np.inf:
+            raise ValueError(f"factor must be (low, high) with 1 <= low <= high, not {factor}")
+        if keep_size not in (False, True, "pad", "blur"):
+            raise ValueError(f"keep_size must be False, 'pad' or 'blur', not {keep_size!r}")
         super().__init__(p=p)
         self.factor, self.seed, self.keep_size = tuple(factor), seed, "pad" if keep_size is True else keep_size
         self.set_random_seed(seed)
@@ -129,9 +145,11 @@ class RandomDownsample(A.DualTransform):
         """Draw the small size, and where it lies on the canvas."""
         shape = np.array(params["shape"][:2])
         mask = data.get("mask")
-        if mask is not None and mask.shape[:2] != tuple(shape): raise ValueError(f"image and mask differ in size: {tuple(shape)} and {mask.shape[:2]}")
+        if mask is not None and mask.shape[:2] != tuple(shape):
+            raise ValueError(f"image and mask differ in size: {tuple(shape)} and {mask.shape[:2]}")
         size = np.maximum(1, np.rint(shape / self.random_generator.uniform(*self.factor))).astype(int)
-        return dict(size=tuple(size.tolist()), corner=tuple(self.random_generator.integers(0, shape - size + 1).tolist()))
+        corner = self.random_generator.integers(0, shape - size + 1)
+        return dict(size=tuple(size.tolist()), corner=tuple(corner.tolist()))
 
     def apply(self, img, size=None, corner=None, **params):
         """The image, averaged over areas; then padded or enlarged."""

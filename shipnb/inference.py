@@ -132,9 +132,9 @@ def _card_point(card, folder):
     """The card's OperatingPoint, or None; ValueError when it was chosen on another grid than the window."""
     if not card.get("operating_point"): return None
     point, window = OperatingPoint.from_dict(card["operating_point"]), tuple(card["window"])
-    if tuple(point.grid) != window:
-        raise ValueError(f"{folder}: the operating point was chosen on a grid of {tuple(point.grid)}, but predictions are made on {window}; "
-                         "run 30_thresholds again on the window's grid, or give threshold and min_area")
+    if point.grid != window:
+        raise ValueError(f"{folder}: the operating point was chosen on a grid of {point.grid or 'many sizes'}, but predictions are made on {window}; "
+                         "run 30_thresholds again on images of the window's size, or give threshold and min_area")
     return point
 
 # %% ../nbs/31_inference.ipynb #e9f51e5e
@@ -218,6 +218,7 @@ class Predictor(Predictor):
             seen = [apply_view(o, view) for o in windows]
             for model in self.models:
                 total = total + np.stack([undo_view(z, view) for z in image_logits(model, seen, self.size, self.window)])
+        if not np.isfinite(total).all(): raise ValueError("the model gave logits that are not finite; it is damaged, train it again")
         return total / np.float32(len(self.views) * len(self.models))
 
 # %% ../nbs/31_inference.ipynb #265ce268
@@ -377,7 +378,7 @@ def image_files(images):
 # %% ../nbs/31_inference.ipynb #174832d6
 def _listed(images):
     """Paths of a folder, a glob pattern or one file."""
-    path = Path(images).expanduser()
+    path = Path(images)
     if path.is_dir(): return [o for o in path.iterdir() if o.suffix.lower() in IMAGE_SUFFIXES]
     if path.exists(): return [path]
     if not glob.has_magic(str(path)): raise FileNotFoundError(f"{images}: no such file or folder of images")
@@ -387,34 +388,36 @@ def _listed(images):
 MAX_PIXELS = 2 ** 30
 
 
-def _read_checked(path):
-    """The image at `path`, or the error (FileNotFoundError, ValueError, OSError) as a value."""
-    try:
-        if path.is_dir(): raise ValueError(f"{path}: is a folder, not an image file")
-        height, width = image_size(path)
-        if height * width > MAX_PIXELS: raise ValueError(f"{path}: {height} x {width} pixels; the most that is read is {MAX_PIXELS}")
-        return read_image(path)
-    except (OSError, ValueError, cv2.error) as error: return error
-
-# %% ../nbs/31_inference.ipynb #e56e0d2c
-def _pixels(path):
-    """Pixels of an image according to its header; 0 when it has none that can be read."""
-    try: return math.prod(image_size(path))
-    except (OSError, ValueError): return 0
+def _size_or_error(path):
+    """(height, width) of an image file from its header, or what is wrong with it as an error that is returned."""
+    if path.is_dir(): return ValueError(f"{path}: is a folder, not an image file")
+    try: height, width = image_size(path)
+    except (OSError, ValueError) as error: return error
+    if height * width > MAX_PIXELS: return ValueError(f"{path}: {height} x {width} pixels; the most that is read is {MAX_PIXELS}")
+    return height, width
 
 
+def _image_or_error(path, size):
+    """The image of a file, or the error of reading it; `size` is what `_size_or_error` found."""
+    if isinstance(size, Exception): return size
+    try: return read_image(path)
+    except (OSError, ValueError) as error: return error
+    except cv2.error as error: return ValueError(f"{path}: cannot be decoded ({' '.join(str(error).split())[:120]})")
+
+# %% ../nbs/31_inference.ipynb #d4202743
 def read_ahead(paths, workers=4, pixels=2 ** 26):
     """Yield (path, image or error) in order, decoding up to `workers` files and about `pixels` pixels ahead in threads."""
     with ThreadPoolExecutor(workers) as pool:
         queue, ahead = deque(), 0
         for path in paths:
-            size = _pixels(path)
-            while queue and (len(queue) > workers or ahead + size > pixels):
-                done, count, image = queue.popleft()
+            size = _size_or_error(path)
+            count = 0 if isinstance(size, Exception) else math.prod(size)
+            while queue and (len(queue) > workers or ahead + count > pixels):
+                done, less, image = queue.popleft()
                 yield done, image.result()
-                ahead -= count
-            queue.append((path, size, pool.submit(_read_checked, path)))
-            ahead += size
+                ahead -= less
+            queue.append((path, count, pool.submit(_image_or_error, path, size)))
+            ahead += count
         for done, _, image in queue: yield done, image.result()
 
 # %% ../nbs/31_inference.ipynb #101618df
@@ -610,7 +613,7 @@ def check_output(path):
     FileNotFoundError, ValueError, OSError
         When it cannot, or `path` is a folder.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(path).absolute()
     if path.is_dir(): raise ValueError(f"{path} is a folder; name the file to write")
     folder = path.parent if path.parent.exists() else path.parent.parent
     if not folder.exists(): raise FileNotFoundError(f"cannot write {path}: {folder} does not exist; make it, or choose another output")
@@ -722,6 +725,7 @@ def predict_folder(model, images, out, format="csv", overlays=None, tta=False, s
     """
     if format not in FORMATS: raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     out, paths = check_output(out), image_files(images)
+    if any(o.name == out.name and o.resolve() == out.resolve() for o in paths): raise ValueError(f"{out} is one of the images; choose another output")
     wanted = _wanted(paths, sample_submission)
     bad = {name: f"no such file among the images given, but {Path(sample_submission).name} lists it" for name, path in wanted.items() if path is None}
     _refuse_bad(bad, strict)

@@ -37,16 +37,20 @@ def image_strata(counts):
         When `counts` is empty, is not one-dimensional, or holds a negative number or one that is not whole.
     """
     counts = np.asarray(counts)
-    if counts.ndim != 1 or not len(counts): raise ValueError(f"counts must be ships per image, (n,) with n >= 1, not of shape {counts.shape}")
+    if counts.ndim != 1 or not len(counts):
+        raise ValueError(f"counts must be ships per image, (n,) with n >= 1, not of shape {counts.shape}")
     if counts.dtype.kind not in "iuf": raise ValueError(f"counts must be whole numbers of ships, not {counts.dtype}")
     bad = np.flatnonzero(~(np.isfinite(counts) & (counts >= 0) & (counts == np.floor(counts))))
-    if len(bad): raise ValueError(f"counts[{bad[0]}] is {counts[bad[0]]}; a count of ships is a whole number >= 0 ({len(bad)} bad of {len(counts)})")
+    if len(bad):
+        raise ValueError(f"counts[{bad[0]}] is {counts[bad[0]]}; a count of ships is a whole number >= 0 "
+                         f"({len(bad)} bad of {len(counts)})")
     return np.minimum(counts, 2).astype(np.int8)
 
 # %% ../nbs/07_sampler.ipynb #3bd75f98
 def exact_ratio(name, ratio):
-    """Return `ratio` as the `Fraction` of its decimal; ValueError (naming it `name`) unless it is a number from 0 to 1."""
-    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real): raise ValueError(f"{name} must be a number from 0 to 1 or None, not {ratio!r}")
+    """Return `ratio` as the `Fraction` of its decimal; ValueError (naming `name`) unless it is a number from 0 to 1."""
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
+        raise ValueError(f"{name} must be a number from 0 to 1 or None, not {ratio!r}")
     if not 0 <= ratio <= 1: raise ValueError(f"{name} must be from 0 to 1 (a share of the batch), not {ratio}")
     return Fraction(str(ratio))
 
@@ -57,7 +61,8 @@ def stratum_shares(sizes, zero_ships_ratio_per_batch=None, multiple_ships_ratio_
     Parameters
     ----------
     sizes : (3,) images without ships, with one and with several.
-    zero_ships_ratio_per_batch, multiple_ships_ratio_per_batch : share of the batch, 0 to 1; None is the natural share of what is left.
+    zero_ships_ratio_per_batch, multiple_ships_ratio_per_batch : share of the batch, 0 to 1; None is the natural share
+        of what is left.
 
     Returns
     -------
@@ -71,18 +76,22 @@ def stratum_shares(sizes, zero_ships_ratio_per_batch=None, multiple_ships_ratio_
     asked = {0: zero_ships_ratio_per_batch, 2: multiple_ships_ratio_per_batch}
     asked = {k: exact_ratio(f"{STRATA[k]}_ships_ratio_per_batch", r) for k, r in asked.items() if r is not None}
     for k, ratio in asked.items():
-        if ratio and not sizes[k]: raise ValueError(f"{STRATA[k]}_ships_ratio_per_batch is {float(ratio):g}, but no image is of that kind")
+        if ratio and not sizes[k]:
+            raise ValueError(f"{STRATA[k]}_ships_ratio_per_batch is {float(ratio):g}, but no image is of that kind")
     left = 1 - sum(asked.values())
     if left < 0: raise ValueError(f"the two ratios sum to {float(1 - left):g}; together they may be 1 at most")
     pool = sum(sizes[k] for k in range(3) if k not in asked)
     if left and not pool:
         rest = " or ".join(STRATA[k] for k in range(3) if k not in asked)
-        raise ValueError(f"a share of {float(left):g} is left for {rest}-ship images, but there is none; make the ratios sum to 1")
+        raise ValueError(f"a share of {float(left):g} is left for {rest}-ship images, but there is none; "
+                         f"make the ratios sum to 1")
     return tuple(asked[k] if k in asked else left * Fraction(int(sizes[k]), max(int(pool), 1)) for k in range(3))
 
 # %% ../nbs/07_sampler.ipynb #9d300dec
 def images_after(batches, batch, shares):
-    """Return how many images each stratum has delivered after a number of batches: its exact share, rounded up or down, in total and in every batch.
+    """Return how many images each stratum has delivered after a number of batches.
+
+    In every batch and in total it is the exact share, rounded up or down.
 
     Parameters
     ----------
@@ -99,11 +108,12 @@ def images_after(batches, batch, shares):
     places = batch - sum(sure)
     if places == 0: return tuple(batches * n for n in sure)
     if places == 1: return tuple(batches * n + had for n, had in zip(sure, _one_place(batches, fractions)))
-    return tuple(batches * (n + 1) - without for n, without in zip(sure, _one_place(batches, [1 - f for f in fractions])))
+    without = _one_place(batches, [1 - f for f in fractions])
+    return tuple(batches * (n + 1) - o for n, o in zip(sure, without))
 
 
 def _one_place(batches, fractions):
-    """How often each of three had the one place of a batch, when `fractions` (sum 1, the first below 1) are their shares of it."""
+    """How often each of three had the one place of a batch, when `fractions` (sum 1, the first below 1) say."""
     whole = math.lcm(*(f.denominator for f in fractions))
     parts = [int(f * whole) for f in fractions]
     zero = _nearest(batches * parts[0], whole)
@@ -129,14 +139,16 @@ class _Stream:
         """The images at positions start to stop (exclusive) of the stream."""
         n = len(self.members)
         if start == stop: return self.members[:0]
-        return np.concatenate([self._order(j)[max(start - j * n, 0):stop - j * n] for j in range(start // n, (stop - 1) // n + 1)])
+        orders = range(start // n, (stop - 1) // n + 1)
+        return np.concatenate([self._order(j)[max(start - j * n, 0):stop - j * n] for j in orders])
 
 # %% ../nbs/07_sampler.ipynb #c9de6596
 def whole_number(name, value, least):
     """Return `value` as int; ValueError (naming it `name`) unless it is a whole number >= `least`."""
     try: number = operator.index(value)
     except TypeError: number = None
-    if number is None or isinstance(value, bool) or number < least: raise ValueError(f"{name} must be a whole number >= {least}, not {value!r}")
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, not {value!r}")
     return number
 
 # %% ../nbs/07_sampler.ipynb #374d09ec
@@ -147,7 +159,8 @@ class _Place:
     def seek(self, epoch, batch=0):
         """Make `batch` of `epoch` the next one; the batch after an epoch's last is the first of the next epoch."""
         epoch, batch = whole_number("epoch", epoch, 0), whole_number("batch", batch, 0)
-        if batch > self.batches_per_epoch: raise ValueError(f"batch {batch} is beyond the epoch's end: it has {self.batches_per_epoch} batches")
+        if batch > self.batches_per_epoch:
+            raise ValueError(f"batch {batch} is beyond the epoch's end: it has {self.batches_per_epoch} batches")
         self.epoch, self.position = (epoch, batch) if batch < self.batches_per_epoch else (epoch + 1, 0)
 
     def set_epoch(self, epoch):
@@ -155,9 +168,13 @@ class _Place:
         self.seek(epoch)
 
     def state_dict(self, epoch=None, position=None):
-        """The next batch and the setting, as plain values; give `epoch` and `position` (batches trained) where a loader reads ahead."""
+        """The next batch and the setting, as plain values.
+
+        Give `epoch` and `position`, the batches of it that were trained on, where a loader reads ahead.
+        """
         if (epoch is None) != (position is None): raise ValueError("give both epoch and position, or neither")
-        return dict(epoch=self.epoch if epoch is None else epoch, position=self.position if position is None else position, setting=self.setting())
+        if epoch is None: epoch, position = self.epoch, self.position
+        return dict(epoch=epoch, position=position, setting=self.setting())
 
     def load_state_dict(self, state):
         """Go on where `state` was saved; ValueError when it was saved by a sampler of another setting."""
@@ -173,8 +190,9 @@ class _Batches(_Place):
 
     def setting(self):
         """All that decides the batches, as plain values: a saved state fits a sampler with the same setting."""
-        return dict(seed=self.seed, batch_images=self.batch_images, batches_per_epoch=self.batches_per_epoch, shares=list(map(str, self.shares)),
-                    images=list(self.sizes), strata_crc32=zlib.crc32(self.strata.tobytes()))
+        return dict(seed=self.seed, batch_images=self.batch_images, batches_per_epoch=self.batches_per_epoch,
+                    shares=list(map(str, self.shares)), images=list(self.sizes),
+                    strata_crc32=zlib.crc32(self.strata.tobytes()))
 
     def drawn(self, epoch, batch=0):
         """Images each stratum has delivered before `batch` of `epoch`: (zero, single, multiple)."""
@@ -182,7 +200,8 @@ class _Batches(_Place):
 
     def batch(self, epoch, batch):
         """This process's part of one batch of one epoch, a list of int; any batch can be asked for, in any order."""
-        if not 0 <= batch < self.batches_per_epoch: raise ValueError(f"an epoch has batches 0 to {self.batches_per_epoch - 1}, not {batch}")
+        if not 0 <= batch < self.batches_per_epoch:
+            raise ValueError(f"an epoch has batches 0 to {self.batches_per_epoch - 1}, not {batch}")
         spans = zip(self._streams, self.drawn(epoch, batch), self.drawn(epoch, batch + 1))
         images = np.concatenate([stream.take(start, stop) for stream, start, stop in spans])
         np.random.default_rng([self.seed, len(STRATA), epoch, batch]).shuffle(images)
@@ -197,13 +216,14 @@ class _Batches(_Place):
 
 # %% ../nbs/07_sampler.ipynb #2b75ea55
 class ShipStratifiedSampler(_Batches, Sampler):
-    """Batches with exact shares of images with no ship, one ship and several, each image once before any repeats in its stratum.
+    """Batches with exact shares of images with no ship, one and several; in each stratum all come before any repeats.
 
     Parameters
     ----------
     counts : (n,) ships per image.
     batch_size : images per batch and process.
-    zero_ships_ratio_per_batch : share of images without ships in the whole batch, 0 to 1; None is the natural share of what is left.
+    zero_ships_ratio_per_batch : share of images without ships in the whole batch, 0 to 1; None is the natural share of
+        what is left.
     multiple_ships_ratio_per_batch : share of images with two or more ships, likewise.
     seed : whole number >= 0; the order of images is a function of (seed, epoch).
     batches_per_epoch : whole number >= 1; None is the smallest n / (batch x share) over the strata with a share.
@@ -216,30 +236,34 @@ class ShipStratifiedSampler(_Batches, Sampler):
     Raises
     ------
     ValueError
-        For counts that are not ships per image, ratios that cannot be met, and numbers out of range; it names the value.
+        For counts that are not ships per image, ratios that cannot be met, and numbers out of range; it names the
+        value.
 
     Notes
     -----
-    After `set_epoch(e)` or `seek(e, b)` iteration starts there; the last batch of an epoch moves the sampler to the next one.
+    After `set_epoch(e)` or `seek(e, b)` iteration starts there; the last batch of an epoch moves the sampler to the
+    next one.
     `len()` is the batches of a whole epoch, also when the next one starts in the middle.
     The parameters' names are those of the Airbus write-up this sampler follows; the arithmetic is ours.
     """
     def __init__(self, counts, batch_size, zero_ships_ratio_per_batch=None, multiple_ships_ratio_per_batch=None,
                  seed=0, batches_per_epoch=None, rank=0, world_size=1):
-        self.batch_size, self.world_size = whole_number("batch_size", batch_size, 1), whole_number("world_size", world_size, 1)
-        self.rank, self.seed = whole_number("rank", rank, 0), whole_number("seed", seed, 0)
-        if self.rank >= self.world_size: raise ValueError(f"rank must be below world_size ({self.world_size}), not {rank}")
+        self.batch_size, self.seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed, 0)
+        self.rank, self.world_size = whole_number("rank", rank, 0), whole_number("world_size", world_size, 1)
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank must be below world_size ({self.world_size}), not {rank}")
         self.strata = image_strata(counts)
         members = [np.flatnonzero(self.strata == k) for k in range(3)]
         self.sizes, self.batch_images = tuple(map(len, members)), self.batch_size * self.world_size
         self.shares = stratum_shares(self.sizes, zero_ships_ratio_per_batch, multiple_ships_ratio_per_batch)
         natural = max(1, min(math.floor(n / (self.batch_images * s)) for n, s in zip(self.sizes, self.shares) if s))
-        self.batches_per_epoch = natural if batches_per_epoch is None else whole_number("batches_per_epoch", batches_per_epoch, 1)
+        asked = natural if batches_per_epoch is None else batches_per_epoch
+        self.batches_per_epoch = whole_number("batches_per_epoch", asked, 1)
         self._streams = [_Stream(images, self.seed, k) for k, images in enumerate(members)]
 
 # %% ../nbs/07_sampler.ipynb #04f69a28
 def balanced_multiple_ratio(counts, zero_ships_ratio_per_batch=0):
-    """Return the share of several-ship images at which single-ship and several-ship images run out together, as a `Fraction`.
+    """Return the share of several-ship images at which they and the single-ship images run out together, a `Fraction`.
 
     Parameters
     ----------
@@ -253,22 +277,27 @@ def balanced_multiple_ratio(counts, zero_ships_ratio_per_batch=0):
     """
     _, single, multiple = np.bincount(image_strata(counts), minlength=3).tolist()
     if not single + multiple: raise ValueError("no image has a ship, so there is nothing to balance")
-    return (1 - exact_ratio("zero_ships_ratio_per_batch", zero_ships_ratio_per_batch)) * Fraction(multiple, single + multiple)
+    zero = exact_ratio("zero_ships_ratio_per_batch", zero_ships_ratio_per_batch)
+    return (1 - zero) * Fraction(multiple, single + multiple)
 
-# %% ../nbs/07_sampler.ipynb #2b2c1998
-def simulate(counts, batch_size, zero_ships_ratio_per_batch=None, multiple_ships_ratio_per_batch=None, epochs=10, batches_per_epoch=None, world_size=1):
+# %% ../nbs/07_sampler.ipynb #f8028b2c
+def simulate(counts, batch_size, zero_ships_ratio_per_batch=None, multiple_ships_ratio_per_batch=None, epochs=10,
+             batches_per_epoch=None, world_size=1):
     """Return what a setting of the sampler delivers, without drawing it.
 
     Parameters
     ----------
-    counts, batch_size, zero_ships_ratio_per_batch, multiple_ships_ratio_per_batch, batches_per_epoch, world_size : as `ShipStratifiedSampler`.
+    counts, batch_size, zero_ships_ratio_per_batch, multiple_ships_ratio_per_batch, batches_per_epoch, world_size : as
+        `ShipStratifiedSampler`.
     epochs : whole number >= 1, how many to look at.
 
     Returns
     -------
     DataFrame, a row per stratum and one for all of them:
-    images; share_asked and share_delivered of the whole batch; batch_mean, batch_min, batch_max: images per whole batch; shown_min, shown_max: how often an
-    image is shown in these epochs; coverage: share of images shown at least once; epochs_to_coverage: the first epoch at whose end all were shown
+    images; share_asked and share_delivered of the whole batch; batch_mean, batch_min, batch_max: images per whole
+    batch; shown_min, shown_max: how often an
+    image is shown in these epochs; coverage: share of images shown at least once; epochs_to_coverage: the first epoch
+    at whose end all were shown
     (missing when the stratum has no share); ships_per_batch: expected ships in a whole batch; batches_per_epoch.
 
     Raises
@@ -279,22 +308,25 @@ def simulate(counts, batch_size, zero_ships_ratio_per_batch=None, multiple_ships
     sampler = ShipStratifiedSampler(counts, batch_size, zero_ships_ratio_per_batch, multiple_ships_ratio_per_batch,
                                     batches_per_epoch=batches_per_epoch, world_size=world_size)
     batches = whole_number("epochs", epochs, 1) * len(sampler)
-    steps = np.diff(np.stack(images_after(np.arange(batches + 1, dtype=object), sampler.batch_images, sampler.shares))).astype(np.int64)
+    drawn = images_after(np.arange(batches + 1, dtype=object), sampler.batch_images, sampler.shares)
+    steps = np.diff(np.stack(drawn)).astype(np.int64)
     ships = np.bincount(sampler.strata, weights=np.asarray(counts, float), minlength=3)
     rows = [_simulated(sampler, k, steps[k], ships[k]) for k in range(3)]
     table = pd.DataFrame(rows, index=pd.Index(STRATA, name="stratum"))
     table.loc["all"] = _simulated_total(table, sampler)
-    return table.astype({o: "Int64" for o in ("images", "batch_min", "batch_max", "shown_min", "shown_max", "epochs_to_coverage")}).assign(batches_per_epoch=len(sampler))
+    whole = ["images", "batch_min", "batch_max", "shown_min", "shown_max", "epochs_to_coverage"]
+    return table.astype(dict.fromkeys(whole, "Int64")).assign(batches_per_epoch=len(sampler))
 
 # %% ../nbs/07_sampler.ipynb #2d3d5f91
 def _simulated(sampler, stratum, steps, ships):
     """One stratum's row of `simulate`; `steps` are its images in each batch, `ships` all ships of the stratum."""
-    images, drawn = sampler.sizes[stratum], int(steps.sum())
-    return dict(images=images, share_asked=float(sampler.shares[stratum]), share_delivered=drawn / (sampler.batch_images * len(steps)),
-                batch_mean=drawn / len(steps), batch_min=steps.min(), batch_max=steps.max(),
-                shown_min=drawn // images if images else 0, shown_max=-(-drawn // images) if images else 0,
-                coverage=min(1.0, drawn / images) if images else math.nan, epochs_to_coverage=_epochs_to_coverage(sampler, stratum),
-                ships_per_batch=drawn / len(steps) * ships / images if images else 0.0)
+    images, drawn, mean = sampler.sizes[stratum], int(steps.sum()), steps.mean()
+    row = dict(images=images, share_asked=float(sampler.shares[stratum]), share_delivered=mean / sampler.batch_images,
+               batch_mean=mean, batch_min=steps.min(), batch_max=steps.max())
+    if not images:
+        return row | dict(shown_min=0, shown_max=0, coverage=math.nan, epochs_to_coverage=pd.NA, ships_per_batch=0.0)
+    return row | dict(shown_min=drawn // images, shown_max=-(-drawn // images), coverage=min(1.0, drawn / images),
+                      epochs_to_coverage=_epochs_to_coverage(sampler, stratum), ships_per_batch=mean * ships / images)
 
 
 def _epochs_to_coverage(sampler, stratum):
@@ -309,17 +341,22 @@ def _epochs_to_coverage(sampler, stratum):
 # %% ../nbs/07_sampler.ipynb #b2304eb5
 def _simulated_total(table, sampler):
     """The row of `simulate` for all strata together."""
-    need = table["epochs_to_coverage"][table["images"] > 0]
-    return dict(images=table["images"].sum(), share_asked=1.0, share_delivered=table["share_delivered"].sum(), batch_mean=float(sampler.batch_images),
-                batch_min=sampler.batch_images, batch_max=sampler.batch_images,
-                shown_min=table["shown_min"][table["images"] > 0].min(), shown_max=table["shown_max"].max(),
-                coverage=(table["coverage"] * table["images"]).sum() / table["images"].sum(),
-                epochs_to_coverage=pd.NA if need.isna().any() else need.max(), ships_per_batch=table["ships_per_batch"].sum())
+    there, batch = table[table["images"] > 0], sampler.batch_images
+    need = there["epochs_to_coverage"]
+    return dict(images=there["images"].sum(), share_asked=1.0, share_delivered=there["share_delivered"].sum(),
+                batch_mean=float(batch), batch_min=batch, batch_max=batch,
+                shown_min=there["shown_min"].min(), shown_max=there["shown_max"].max(),
+                coverage=np.average(there["coverage"], weights=there["images"]),
+                epochs_to_coverage=pd.NA if need.isna().any() else need.max(),
+                ships_per_batch=there["ships_per_batch"].sum())
 
 # %% ../nbs/07_sampler.ipynb #e0901d6e
 def coverage(sampler, epochs):
-    """Return the share of each stratum's images shown at least once after 0 to `epochs` epochs: DataFrame, a row per epoch, a column per stratum with images."""
+    """Return the share of each stratum's images that 0 to `epochs` epochs show at least once.
+
+    DataFrame, a row per epoch (`epoch` 0 to `epochs`), a column per stratum that has images.
+    """
     drawn = np.array([sampler.drawn(epoch) for epoch in range(epochs + 1)], float)
     sizes = np.array(sampler.sizes)
-    table = pd.DataFrame(np.minimum(1, drawn[:, sizes > 0] / sizes[sizes > 0]), columns=[s for s, n in zip(STRATA, sizes) if n])
-    return table.rename_axis("epoch")
+    names = [stratum for stratum, n in zip(STRATA, sizes) if n]
+    return pd.DataFrame(np.minimum(1, drawn[:, sizes > 0] / sizes[sizes > 0]), columns=names).rename_axis("epoch")

@@ -15,7 +15,10 @@ import pandas as pd
 BINS = ("0", "1", "2-4", "5+")   # ships per image
 
 def _groups(catalog):
-    """Each image's group number, (n,), and each group's profile, (groups, 5): images per bin of `BINS`, then ships; numbered by name, whatever the rows' order."""
+    """Each image's group number, (n,), and each group's profile, (groups, 5): images per bin of `BINS`, then ships.
+
+    Groups are numbered by name, whatever the rows' order.
+    """
     images = catalog.images
     if not len(images): raise ValueError("the Catalog holds no images, so there is nothing to split")
     names = images["image"].astype(str)
@@ -32,7 +35,10 @@ def _groups(catalog):
 
 # %% ../nbs/04_splits.ipynb #7257219b
 def _weights(profile):
-    """The quantities to balance, (groups, up to 8), each as a share of its total: bins, images, empty, with ships, ships; those that never occur are left out."""
+    """The quantities to balance, (groups, up to 8), each as a share of its total; those that never occur are left out.
+
+    They are: images per bin, images, empty images, images with ships, ships.
+    """
     bins, ships = profile[:, :-1], profile[:, -1:]
     quantities = np.hstack([bins, bins.sum(1, keepdims=True), bins[:, :1], bins[:, 1:].sum(1, keepdims=True), ships])
     return quantities[:, quantities.sum(0) > 0] / quantities.sum(0)[quantities.sum(0) > 0]
@@ -74,8 +80,10 @@ def split(catalog, valid=0.2, seed=0):
 
     Parameters
     ----------
-    catalog : Catalog, or anything with a DataFrame `images` of columns image (name), count (ships) and group (missing or "" when unknown).
-    valid : share of the validation part, above 0 and below 1. Groups are whole, so the share is met as nearly as they allow.
+    catalog : Catalog, or anything with a DataFrame `images` of columns image (name), count (ships) and group (missing
+        or "" when unknown).
+    valid : share of the validation part, above 0 and below 1. Groups are whole, so the share is met as nearly as they
+        allow.
     seed : whole number >= 0.
 
     Returns
@@ -89,9 +97,11 @@ def split(catalog, valid=0.2, seed=0):
     """
     if not 0 < valid < 1: raise ValueError(f"valid must be above 0 and below 1 (a share of the images), not {valid}")
     number, profile = _groups(catalog)
-    if len(profile) < 2: raise ValueError("all images are one group (scene), and a group cannot be divided; use images of at least two scenes")
+    if len(profile) < 2:
+        raise ValueError("all images are one group (scene), and a group cannot be divided; use at least two scenes")
     parts = _best_deal(profile, np.array([1 - valid, valid]), seed)
-    return pd.Series(np.array(["train", "valid"], dtype=object)[parts[number]], index=catalog.images.index, name="split")
+    names = np.array(["train", "valid"], dtype=object)
+    return pd.Series(names[parts[number]], index=catalog.images.index, name="split")
 
 # %% ../nbs/04_splits.ipynb #fe9fc6df
 def folds(catalog, k=5, seed=0):
@@ -113,7 +123,8 @@ def folds(catalog, k=5, seed=0):
     """
     if isinstance(k, bool) or k != int(k) or k < 2: raise ValueError(f"k must be a whole number >= 2, not {k}")
     number, profile = _groups(catalog)
-    if len(profile) < k: raise ValueError(f"{k} folds need {k} groups (scenes) at least, and there are {len(profile)}; use fewer folds")
+    if len(profile) < k:
+        raise ValueError(f"{k} folds need {k} groups (scenes) at least, and there are {len(profile)}; use fewer folds")
     return _best_deal(profile, np.full(int(k), 1 / k), seed)[number]
 
 # %% ../nbs/04_splits.ipynb #d6def477
@@ -123,30 +134,37 @@ def check_split(catalog, split):
     Parameters
     ----------
     catalog : as in `split`.
-    split : (images,) part of each image, from `split`, `folds` or elsewhere; a Series must have the index of `catalog.images`.
+    split : (images,) part of each image, from `split`, `folds` or elsewhere; a Series must have the index of
+        `catalog.images`.
     """
     images = catalog.images
-    if len(split) != len(images): raise ValueError(f"the split has {len(split)} values and the Catalog {len(images)} images")
-    if isinstance(split, pd.Series) and not split.index.equals(images.index): raise ValueError("the split's index is not that of catalog.images")
+    if len(split) != len(images):
+        raise ValueError(f"the split has {len(split)} values and the Catalog {len(images)} images")
+    if isinstance(split, pd.Series) and not split.index.equals(images.index):
+        raise ValueError("the split's index is not that of catalog.images")
     part = np.asarray(split)
-    if pd.isna(part).any(): raise ValueError(f"the split says nothing about image {images['image'].iloc[int(np.flatnonzero(pd.isna(part))[0])]}")
+    if pd.isna(part).any():
+        raise ValueError(f"the split says nothing about image {images['image'].iloc[int(np.argmax(pd.isna(part)))]}")
     number = _groups(catalog)[0]
     first = np.unique(number, return_index=True)[1][number]           # for each image, the first of its group
     torn = np.flatnonzero(part != part[first])
     if len(torn):
         i, j = int(first[torn[0]]), int(torn[0])
-        raise ValueError(f"group {images['group'].iloc[j]} is divided: image {images['image'].iloc[i]} is in {part[i]}, {images['image'].iloc[j]} in {part[j]} "
-                         f"({len(np.unique(number[torn]))} groups are)")
+        names, group = images["image"].iloc, images["group"].iloc[j]
+        raise ValueError(f"group {group} is divided: image {names[i]} is in {part[i]}, {names[j]} in {part[j]} "
+                         f"({len(np.unique(number[torn]))} groups are divided)")
 
 # %% ../nbs/04_splits.ipynb #7af635e5
 def split_table(catalog, split):
-    """Return what each part of a split holds: DataFrame, a row per part and one for all, with images, with_ships, empty, ships, groups, and shares of images and ships.
+    """Return what each part of a split holds.
 
-    Raises ValueError as `check_split`: a table of a leaking split would look fine.
+    DataFrame, a row per part and one for all: images, with_ships, empty, ships, groups, and the shares of images and
+    ships. Raises ValueError as `check_split`: a table of a leaking split would look fine.
     """
     check_split(catalog, split)
     counts = catalog.images["count"].to_numpy(np.int64)
-    frame = pd.DataFrame(dict(part=np.asarray(split), images=1, with_ships=counts > 0, empty=counts == 0, ships=counts, groups=_groups(catalog)[0]))
+    frame = pd.DataFrame(dict(part=np.asarray(split), images=1, with_ships=counts > 0, empty=counts == 0, ships=counts,
+                              groups=_groups(catalog)[0]))
     table = frame.groupby("part").agg(dict(images="sum", with_ships="sum", empty="sum", ships="sum", groups="nunique"))
     table.loc["all"] = table.sum()
     return table.assign(images_share=table["images"] / len(frame), ships_share=table["ships"] / max(counts.sum(), 1))

@@ -807,7 +807,7 @@ def _plateau(good, k):
 
 # %% ../nbs/30_thresholds.ipynb #964c2d43
 def choose(surface, objective="dice", max_false_alarm=None, draws=2000, seed=0):
-    """Choose the operating point of a surface: the middle of the plateau of the best allowed setting.
+    """Choose the operating point of a surface: the middle of the plateau of settings that are as good as the best allowed one.
 
     Parameters
     ----------
@@ -831,7 +831,9 @@ def choose(surface, objective="dice", max_false_alarm=None, draws=2000, seed=0):
     values = lambda k, j: _objective_values(evidence, objective, surface.logits[k], surface.min_areas[j])
     draw = lambda k, j: bootstrap_means(values(k, j), evidence.groups, draws, seed)
     k, j = np.unravel_index(np.where(allowed, scores, -1).argmax(), scores.shape)
-    low, high = _plateau(allowed[:, j] & (scores[:, j] >= scores[k, j] - np.nanstd(draw(k, j)) / 10), k)
+    good = allowed & (scores >= scores[k, j] - np.nanstd(draw(k, j)) / 10)
+    j = int(good.any(axis=0).argmax())
+    low, high = _plateau(good[:, j], np.where(good[:, j], scores[:, j], -1).argmax())
     k = (low + high) // 2
     return OperatingPoint(
         logit=float(surface.logits[k]), min_area=int(surface.min_areas[j]), grid=evidence.grid, objective=objective, score=float(scores[k, j]),
@@ -1047,6 +1049,7 @@ def plot_panels(images, truths, predictions, names, kinds, tile=112):
         for ax, picture in zip(row, [shown(img)] + [shown((o > 0).astype(np.float32)) for o in (truth, *masks)]):
             ax.imshow(picture, cmap="gray", vmin=0, vmax=None if picture.ndim == 3 else .5)
             ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
         row[0].set_ylabel(kind, fontsize=5)
     for ax, name in zip(axes[0], columns): ax.set_title(name, fontsize=5, loc="center")
     return figure

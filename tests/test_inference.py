@@ -561,6 +561,7 @@ def test_output_places(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; make it"): run(folder, tmp_path/"far"/"away"/"out.csv")
     with pytest.raises(ValueError, match="is a folder; name the file"): run(folder, tmp_path)
     with pytest.raises(ValueError, match="is not a folder"): run(folder, tmp_path/"new"/"out.csv"/"x.csv")
+    with pytest.raises(ValueError, match="one of the images"): run(folder, folder/"0.png")
     with pytest.raises(OSError, match="cannot write /proc/out.csv"): run(folder, "/proc/out.csv")
     assert not (tmp_path/"far").exists()
 
@@ -662,6 +663,12 @@ def test_an_operating_point_of_another_grid_is_refused(model_folder):
     a = model_folder("a", operating_point=point(grid=[32, 32]))
     with pytest.raises(ValueError, match=r"a: the operating point .* \(32, 32\), but predictions are made on \(64, 64\)"): Predictor.load(a)
     assert Predictor.load(a, threshold=0.5, min_area=0).logit == 0
+    with pytest.raises(ValueError, match="many sizes"): Predictor.load(model_folder("a", operating_point=point(grid=None)))
+
+
+def test_a_model_that_gives_nan_is_an_error(folder, tmp_path):
+    with pytest.raises(ValueError, match="not finite"): run(folder, tmp_path/"out.csv", Predictor([Pointwise(bias=math.nan)], (64, 64), (64, 64), 0.0))
+    assert not (tmp_path/"out.csv").exists()
 
 
 def test_a_card_without_operating_point(model_folder, folder, tmp_path):
@@ -732,6 +739,7 @@ def test_prediction_and_evidence_agree_bit_for_bit(evaluated, tmp_path, logit, m
     promised = image_scores(evidence, logit, min_area)
     truths = [decode_labels(catalog.rles(i), (96, 96)) for i in range(6)]
     found = [decode_labels([o for o in rows[rows.ImageId == f"{i}.png"].EncodedPixels if o], (96, 96)) for i in range(6)]
+    assert (promised.n_pred.tolist(), promised.pred_area.tolist()) == ([o.max() for o in found], [(o > 0).sum() for o in found])
     assert promised.dice.tolist() == [dice(p, t) for p, t in zip(found, truths)]
     assert promised.iou.tolist() == [iou(p, t) for p, t in zip(found, truths)]
     assert promised.f2.tolist() == [object_f2(p, t) for p, t in zip(found, truths)]

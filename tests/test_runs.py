@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shipnb import runs
 
-TIMEOUT = 120  # seconds, for anything that is waited for
+TIMEOUT = 300  # seconds, for anything that is waited for
 
 
 def cell(source, kind="code", tags=()):
@@ -198,6 +198,13 @@ def test_a_failed_cell_is_one_sentence(project, source, code, message):
     saved = json.loads((project/"runs"/"a"/"20_toy.ipynb").read_text())
     assert [o["metadata"]["papermill"]["status"] for o in saved["cells"]][-2:] == ["failed", "pending"]
     assert json.loads((project/"runs"/"a"/"run.json").read_text())["status"] == "failed"
+
+
+def test_the_export_cell_and_eval_false_cells_are_not_run(project):
+    nb = write_notebook(project/"nbs"/"20_toy.ipynb", "#| eval: false\n1 / 0", "#| hide\nimport nbdev; nbdev.nbdev_export()", "6 * 7")
+    runs.execute(nb, {}, project/"out.ipynb", project/"nbs")
+    counts = [o["execution_count"] for o in json.loads((project/"out.ipynb").read_text())["cells"]]
+    assert counts == [None, None, 1] and not (project/"shipnb").exists()
 
 
 def test_a_full_disk_keeps_the_notebook_that_was_there(project, monkeypatch):

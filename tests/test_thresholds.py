@@ -319,6 +319,22 @@ def test_choice_is_the_best_allowed_setting_up_to_a_tenth_of_its_error():
     assert choose(whole, "dice_with") == free, "the same seed must give the same point"
 
 
+def test_a_minimum_area_that_gains_nothing_is_not_chosen():
+    """Removing specks below 30 pixels changes no score here, so the smallest size wins; where specks cost, it does not."""
+    clean, specks = Evidence(), Evidence()
+    for i in range(8):
+        logits = np.full((20, 20), -6, np.float32)
+        truth = np.zeros((20, 20), np.int32)
+        if i % 2: truth[5:11, 5:11] = 1
+        logits[truth > 0] = 4
+        clean.add(f"{i}", logits, truth)
+        logits = logits.copy()
+        logits[15, 15:18] = 5
+        specks.add(f"{i}", logits, truth)
+    assert choose(surface(clean, [0, 2, 30]), "dice").min_area == 0
+    assert choose(surface(specks, [0, 4, 30]), "dice").min_area == 4
+
+
 def test_choose_errors():
     whole = surface(evidence_of(6), [0])
     with pytest.raises(ValueError, match="none of dice"): choose(whole, "accuracy")

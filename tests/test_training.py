@@ -1,0 +1,195 @@
+"""The loop against a flat re-implementation, and bit-equal continuation after a stop at any step."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shipnb.tasks import Task
+from shipnb.training import Learner, Recipe, StopRequest, make_optimiser, make_schedule
+
+
+class Points(torch.utils.data.Dataset):
+    """Twelve points of a line, as batches of {image, target, index}."""
+    def __init__(self): self.epoch = 0
+    def __len__(self): return 12
+    def set_epoch(self, epoch): self.epoch = epoch
+    def __getitems__(self, indices):
+        index = torch.tensor(indices)
+        x = index[:, None].float() / 12 + 0.01 * self.epoch
+        return dict(x=x, y=3 * x - 1, index=index)
+
+
+class Order(torch.utils.data.Sampler):
+    """Three batches of four, another order each epoch, with `seek`."""
+    batch_size = 4
+    def __init__(self): self.epoch, self.batch = 0, 0
+    def seek(self, epoch, batch): self.epoch, self.batch = epoch, batch
+    def __len__(self): return 3
+    def __iter__(self):
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        for k in range(self.batch, 3): yield order[4 * k:4 * k + 4]
+
+
+class Mean:
+    """The mean squared error over what was seen."""
+    def __init__(self): self.total, self.n = 0.0, 0
+    def update(self, predictions, batch): self.total += float(((predictions - batch["y"])**2).sum()); self.n += len(batch["y"])
+    def compute(self): return {"score": -self.total / self.n}
+
+
+def loss(model, batch): return {"mse": nn.functional.mse_loss(model(batch["x"]), batch["y"]), "size": 1e-3 * sum((p**2).sum() for p in model.parameters())}
+
+
+TASK = Task(loss, lambda model, batch: model(batch["x"]), Mean)
+
+
+def loader():
+    # its own generator, as make_loader gives: without one every iterator draws from the global state and dropout differs after a resume
+    return torch.utils.data.DataLoader(Points(), batch_sampler=Order(), collate_fn=lambda o: o, generator=torch.Generator())
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
+
+
+def learner(folder=None, opt="adam", sched="onecycle", accumulate=1, epochs=4, key="k", clip=None):
+    model = net()
+    optimiser = make_optimiser(opt, model, 0.05)
+    steps = epochs * -(-3 // accumulate)
+    return Learner(model, TASK, optimiser, make_schedule(sched, optimiser, steps, warmup=2), folder, accumulate=accumulate, device="cpu", key=key,
+                   monitor="score", clip=clip, progress=False)
+
+
+def weights(one): return torch.cat([p.detach().flatten() for p in one.model.parameters()])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("opt", ["adam", "adamw", "rmsprop", "adagrad", "sgd"])
+def test_the_loop_is_the_flat_loop(opt, accumulate):
+    ours = learner(opt=opt, accumulate=accumulate)
+    for _ in ours.epochs(4, loader()): pass
+    model = net()
+    optimiser = make_optimiser(opt, model, 0.05)
+    sched = make_schedule("onecycle", optimiser, 4 * -(-3 // accumulate), warmup=2)
+    data = loader()
+    for epoch in range(4):
+        data.dataset.set_epoch(epoch)
+        data.batch_sampler.seek(epoch, 0)
+        batches = list(data)
+        for start in range(0, 3, accumulate):
+            group = batches[start:start + accumulate]
+            for batch in group: (sum(loss(model, batch).values()) / len(group)).backward()
+            optimiser.step(), optimiser.zero_grad(), sched.step()
+    assert torch.equal(weights(ours), torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+
+class StopAt:
+    """A task that asks for a stop (as Ctrl+C does) during step number `at`."""
+    def __init__(self, at): self.at, self.n = at, 0
+    def loss(self, model, batch):
+        if model.training:
+            self.n += 1
+            if self.n == self.at: os.kill(os.getpid(), signal.SIGINT)
+        return loss(model, batch)
+
+
+@pytest.mark.parametrize("sched", ["onecycle", "plateau", "cosine"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_stopped_at_any_step_it_goes_on_bit_equal(tmp_path, sched, accumulate):
+    whole = learner(sched=sched, accumulate=accumulate)
+    for _ in whole.epochs(4, loader(), loader()): pass
+    for at in range(1, 13):
+        folder = tmp_path/str(at)
+        first = learner(folder, sched=sched, accumulate=accumulate)
+        object.__setattr__(first, "task", Task(StopAt(at).loss, TASK.predict, TASK.metric))
+        with pytest.raises(KeyboardInterrupt, match="Run the same again"):
+            for _ in first.epochs(4, loader(), loader()): pass
+        again = learner(folder, sched=sched, accumulate=accumulate)
+        assert again.resume()
+        for _ in again.epochs(4, loader(), loader()): again.save()
+        assert torch.equal(weights(whole), weights(again)), f"stopped at step {at}"
+        drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        assert drop(whole.history) == drop(again.history)
+
+
+def test_sigkill_between_epochs_goes_on_bit_equal(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_training import *\n" \
+           f"one = learner({str(tmp_path)!r})\nfor row in one.epochs(4, loader()):\n    one.save()\n    if row['epoch'] == 1: os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    whole, again = learner(), learner(tmp_path)
+    for _ in whole.epochs(4, loader()): pass
+    assert again.resume() and again.epoch == 2
+    for _ in again.epochs(4, loader()): pass
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_training_learns_and_the_history_tells():
+    one = learner(sched="constant", epochs=60)
+    rows = list(one.epochs(60, loader(), loader()))
+    assert rows[-1]["valid_loss"] < 0.2 * rows[0]["valid_loss"] and one.best["score"] == max(o["score"] for o in rows)
+    assert set(rows[0]) >= {"epoch", "lr", "loss", "loss_mse", "loss_size", "seconds", "valid_loss", "score"}
+
+
+def test_plateau_lowers_the_rate_after_patience():
+    model = net()
+    opt = make_optimiser("sgd", model, 1.0)
+    sched, rates = make_schedule("plateau", opt, 0, patience=1), []
+    for score in (0.1, 0.2, 0.2, 0.2, 0.2, 0.2):
+        sched.step(score)
+        rates.append(opt.param_groups[0]["lr"])
+    assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01])
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_images():
+    one = learner()
+    object.__setattr__(one, "task", Task(lambda model, batch: {"bad": model(batch["x"]).sum() * float("nan")}, TASK.predict, TASK.metric))
+    with pytest.raises(FloatingPointError, match=r"epoch 0, batch 0.*bad.*positions \["):
+        for _ in one.epochs(1, loader()): pass
+
+
+def test_clipping_bounds_the_step():
+    steps = []
+    for clip in (None, 1e-3):
+        one = learner(opt="sgd", sched="constant", clip=clip)
+        before = weights(one)
+        for _ in one.epochs(1, loader()): break
+        steps.append(float((weights(one) - before).norm()))
+    assert steps[1] < 3 * 0.05 * 1e-3 * 3 < steps[0]
+
+
+def test_damaged_foreign_and_other_checkpoints_are_refused(tmp_path):
+    one = learner(tmp_path)
+    assert not one.resume()
+    (tmp_path/"last.pt").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"): one.resume()
+    torch.save({"model": {}}, tmp_path/"last.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of shipnb"): one.resume()
+    one.save()
+    with pytest.raises(ValueError, match="another configuration"): learner(tmp_path, key="other").resume()
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/"evil"),)
+    torch.save({"shipnb": 1, "x": Evil()}, tmp_path/"last.pt")
+    with pytest.raises(ValueError): learner(tmp_path).resume()
+    assert not (tmp_path/"evil").exists()
+
+
+def test_the_second_signal_ends_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_recipe_is_its_key():
+    assert Recipe().key("a") == Recipe().key("a") != Recipe(lr=1e-3).key("a") != Recipe(lr=1e-3).key("b")

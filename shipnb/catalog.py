@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from .files import atomic_path, sha256_text
-from .masks import is_empty_rle, rle_area, rle_box, rle_runs, rle_union
+from .masks import is_empty_rle, rle_area, rle_box, rle_union
 
 # %% ../nbs/01_catalog.ipynb #f23d7e32
 MIN_SIDE = 16            # pixels: nothing smaller can hold a ship and its surroundings

@@ -576,7 +576,7 @@ def draw_overlay(img, prediction, longest=2048, colour=(255, 60, 220)):
     cv2.polylines(shown, lines, True, colour, 1, cv2.LINE_8 if scale == 1 else cv2.LINE_AA, shift=4)
     for number, (box, score) in enumerate(zip(prediction.boxes, prediction.scores), 1):
         left, top, right, _ = np.rint(box * scale).astype(int).tolist()
-        words = f"{number} {score:.2f}"
+        words = f"{number}: {score:.2f}"
         room = 8 * len(words) + 3
         at = (right + 3 if right + room < size[0] else max(0, left - room), max(top, 10))
         cv2.putText(shown, words, at, cv2.FONT_HERSHEY_SIMPLEX, 0.38, colour, 1, cv2.LINE_AA)

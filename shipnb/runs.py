@@ -459,7 +459,8 @@ NOT_RUN = re.compile(r"^#\|\s*eval:\s*false|^import nbdev; nbdev\.nbdev_export\(
 def _mark_skipped(node):
     """Tag the cells that are not run with the tag that nbclient skips."""
     for cell in node.cells:
-        if cell.cell_type == "code" and NOT_RUN.search(cell.source): cell.metadata["tags"] = [*_tags(cell), "skip-execution"]
+        if cell.cell_type != "code" or not NOT_RUN.search(cell.source): continue
+        cell.metadata["tags"] = [*_tags(cell), "skip-execution"]
 
 # %% ../nbs/40_runs.ipynb #92b558f0
 def _kernel_environment():
@@ -882,7 +883,7 @@ RESULTS = {"dice_with_ships": "Dice with ships", "dice": "Dice", "pixel_dice": "
 
 def _number(value):
     if value is None or not isinstance(value, float): return "-" if value is None else str(value)
-    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.5g}" if 0.999 < value < 1 else f"{value:.3f}"
 
 # %% ../nbs/40_runs.ipynb #7b452c34
 def study_table(records):
@@ -1026,14 +1027,13 @@ def refresh(path, echo=False):
     path = Path(path)
     results = project_root()/"runs"/"default"/path.stem
     _set_aside(results)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)/path.name
-        where = execute(path, {}, copy, path.parent, path.stem, echo)
-        write_json(copy, _tidy(read_json(copy)))
-        _clean(copy)
-        for number, name in machine_paths(copy)[:1]:
-            raise ValueError(f"{path.stem}: cell {number} names {name}, a folder of this machine; print relative paths")
-        atomic_write(path, copy.read_bytes())
+    copy = project_root()/"runs"/"figures"/path.name
+    where = execute(path, {}, copy, path.parent, path.stem, echo)
+    write_json(copy, _tidy(read_json(copy)))
+    _clean(copy)
+    for number, name in machine_paths(copy)[:1]:
+        raise ValueError(f"{path.stem}: cell {number} names {name}, a folder of this machine; print relative paths")
+    atomic_write(path, copy.read_bytes())
     _publish(results, path.stem, where)
 
 # %% ../nbs/40_runs.ipynb #dfca3751
@@ -1093,8 +1093,8 @@ def sample_command(
       shipnb sample data/fleet --images 2000 --seed 1
     """
     from shipnb import fleet
-    if folder: root = fleet.make_fleet(resolve(folder), images=images, seed=seed, workers=workers or None)
-    else: root = fleet.sample(images=images, seed=seed)
+    choices = dict(images=images, seed=seed, progress=sys.stderr.isatty())
+    root = fleet.make_fleet(resolve(folder), workers=workers or None, **choices) if folder else fleet.sample(**choices)
     print(f"{images} images with labels are in {_portable(root)}")
 
 # %% ../nbs/40_runs.ipynb #cfc3bd8f

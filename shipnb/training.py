@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, Re
 from tqdm import tqdm
 
 import shipnb
+from .augment import preset
 from .catalog import read_airbus
 from .dataset import DecodedCache, SegmentationDataset, make_loader
 from .files import atomic_path, atomic_write, build_once, keep_freed_memory, resolve, sha256_text, write_json
@@ -290,6 +291,9 @@ class Recipe:
     zero_ships_ratio: float = -1.0      # share of the batch; -1 is the natural share
     multiple_ships_ratio: float = -1.0
     augment: str = "d4"
+    crop: int = 0                       # pixels, side of a random crop; 0 is the whole image
+    crop_on_ship: float = 0.7           # probability that a crop of a ship image holds a ship pixel
+    preset: str = "none"                # further augmentation, a name of shipnb.augment.preset
     precision: str = "bf16-mixed"
     accumulate: int = 1
     clip: float = 0.0                   # largest gradient norm; 0 is no clipping
@@ -318,7 +322,8 @@ def make_loaders(catalog, parts, recipe, progress=False):
     cache = DecodedCache.open(catalog, size, progress=progress)
     ratios = [None if o < 0 else o for o in (recipe.zero_ships_ratio, recipe.multiple_ships_ratio)]
     sampler = ShipStratifiedSampler(train.counts, recipe.batch_size, *ratios, seed=recipe.seed)
-    dataset = SegmentationDataset(train, size, cache, recipe.augment, seed=recipe.seed)
+    transform = None if recipe.preset == "none" else preset(recipe.preset)
+    dataset = SegmentationDataset(train, size, cache, recipe.augment, recipe.crop, recipe.crop_on_ship, transform, recipe.seed)
     return make_loader(dataset, sampler, seed=recipe.seed), make_loader(SegmentationDataset(valid, size, cache), batch_size=recipe.batch_size)
 
 # %% ../nbs/20_training.ipynb #04269593
@@ -379,8 +384,8 @@ def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto",
     save_model(Path(folder)/"model", learner.model.module, make_card(catalog, parts, recipe, learner))
     return learner
 
-# %% ../nbs/20_training.ipynb #a0c256df
-QUICK = Recipe(epochs=8)
+# %% ../nbs/20_training.ipynb #f731084f
+QUICK = Recipe(epochs=12, crop=128)
 
 
 def quick_model(data=""):

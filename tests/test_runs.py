@@ -449,6 +449,20 @@ def test_dry_run_runs_nothing(study, capsys):
     assert "nothing was run" in capsys.readouterr().out and not (study/"runs").exists()
 
 
+def test_sample_passes_everything_on(project, monkeypatch, capsys):
+    import types
+    calls = []
+    def make_fleet(root, **options):
+        calls.append((root, options))
+        return root
+    fleet = types.SimpleNamespace(make_fleet=make_fleet, sample=lambda **options: make_fleet(project/"data"/"sample", **options))
+    monkeypatch.setitem(sys.modules, "shipnb.fleet", fleet)
+    monkeypatch.setattr("shipnb.fleet", fleet, raising=False)
+    assert runs.main(["sample", "mine", "--images", "12", "--seed", "3", "--workers", "2"]) == 0 and runs.main(["sample"]) == 0
+    assert calls == [(project/"mine", dict(images=12, seed=3, workers=2, progress=False)), (project/"data"/"sample", dict(images=240, seed=0, progress=False))]
+    assert "12 images with labels are in mine" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bad, code", [([], 0), ([("b.jpg", "truncated")], 3)])
 def test_predict_passes_everything_on_and_reports_bad_images(monkeypatch, capsys, bad, code):
     import types

@@ -8,7 +8,8 @@ __all__ = ['WINDOW', 'SCENE', 'SHIP_SHARES', 'LOG_LENGTH', 'LOG_LENGTH_STD', 'LE
            'draw_size', 'smooth', 'fractal', 'waves', 'Look', 'draw_look', 'paint_water', 'coast_height', 'paint_land',
            'paint_coast', 'paint_harbour', 'paint_lookalikes', 'Ship', 'draw_ship', 'paint_shadow', 'paint_wake',
            'place_ship', 'draw_ships', 'paint_clouds', 'cloud_cover', 'sense', 'make_scene', 'image_id', 'make_fleet',
-           'sample']
+           'sample', 'brightness_dice', 'image_statistics', 'ship_contrasts', 'catalog_statistics',
+           'statistic_distance']
 
 # %% ../nbs/02_fleet.ipynb #1491c5e2
 import os
@@ -20,13 +21,14 @@ import cv2
 import numpy as np
 import pandas as pd
 from scipy import fft
+from scipy.stats import wasserstein_distance
 from tqdm import tqdm
 
 from .files import atomic_write, build_once, keep_freed_memory, project_root
-from .masks import encode_instances
+from .masks import decode_labels, encode_instances
 
-# %% ../nbs/02_fleet.ipynb #974520d1
-WINDOW, SCENE = 768, 1536   # pixels
+# %% ../nbs/02_fleet.ipynb #0c98607c
+WINDOW, SCENE = 768, (768, 1536)   # pixels: side of a window; height and width of a scene, two windows wide
 # Airbus Ship Detection Challenge label tables: share of ship images with 1, 2, ... 15 ships (n = 42,556)
 SHIP_SHARES = np.array([0.6369, 0.1803, 0.0694, 0.0381, 0.0217, 0.0154, 0.0095, 0.0075, 0.0057, 0.0039, 0.0034, 0.0029, 0.0018, 0.0018, 0.0016])
 # the same: mean and deviation of log length in pixels, and the shortest and longest side seen, of ships not cut by the edge (n = 11,171)
@@ -60,22 +62,22 @@ def fractal(rng, shape, largest, octaves=4, gain=0.5):
     total = sum(gain**k * smooth(rng, shape, max(2.0, largest / 2**k)) for k in range(octaves))
     return total / np.sqrt(sum(gain**(2 * k) for k in range(octaves)))
 
-# %% ../nbs/02_fleet.ipynb #9b2336fe
-def waves(rng, side, length, heading, spread, steepness=2.2):
-    """A wave field of deviation 1: float32 (side, side), crests `length` pixels apart, travelling towards `heading` (radians), directional `spread` (0 one way, 1 every way).
+# %% ../nbs/02_fleet.ipynb #e7419253
+def waves(rng, shape, length, heading, spread, steepness=2.2):
+    """A wave field of deviation 1: float32 of `shape`, crests `length` pixels apart, travelling towards `heading` (radians), directional `spread` (0 one way, 1 every way).
 
     Random phases under a directional power spectrum that peaks at 1 / length and falls with `steepness`, transformed back.
     """
-    half = side // 2
-    fy, fx = np.meshgrid(fft.fftfreq(half).astype(np.float32), fft.rfftfreq(half).astype(np.float32), indexing="ij")
+    half = shape[0] // 2, shape[1] // 2   # at half the resolution: no wave is shorter than four pixels
+    fy, fx = np.meshgrid(fft.fftfreq(half[0]).astype(np.float32), fft.rfftfreq(half[1]).astype(np.float32), indexing="ij")
     f = np.hypot(fx, fy) + 1e-6
     peak = 2 / length
     ring = np.exp(-0.5 * (np.log(f / peak) / 0.5)**2) + 0.25 * (f > peak) * (peak / f)**steepness
     along = np.abs((fx * np.cos(heading) + fy * np.sin(heading)) / f)
     power = ring * (along**(2 / max(spread, 0.05)) + 0.15 * spread)
     phase = rng.standard_normal((*f.shape, 2), np.float32).view(np.complex64)[..., 0]
-    field = fft.irfft2(phase * np.sqrt(power), s=(half, half))
-    return cv2.resize(field / field.std(), (side, side), interpolation=cv2.INTER_CUBIC)
+    field = fft.irfft2(phase * np.sqrt(power), s=half)
+    return cv2.resize(field / field.std(), shape[::-1], interpolation=cv2.INTER_CUBIC)
 
 # %% ../nbs/02_fleet.ipynb #82165517
 WATER = np.array([  # R, G, B, weight: judged by eye from real scenes
@@ -110,8 +112,8 @@ def draw_look(rng):
 
 # %% ../nbs/02_fleet.ipynb #81692280
 def paint_water(rng, look):
-    """The sea surface: float32 (SCENE, SCENE, 3), RGB 0..255; swell, wind waves, ripples, patches of colour and of wind, glint."""
-    shape = (SCENE, SCENE)
+    """The sea surface: float32 (*SCENE, 3), RGB 0..255; swell, wind waves, ripples, patches of colour and of wind, glint."""
+    shape = SCENE
     swell = waves(rng, SCENE, rng.uniform(24, 70), look.wind + rng.normal(0, 0.4), 0.25)
     wind = waves(rng, SCENE, rng.uniform(7, 15), look.wind, rng.uniform(0.25, 0.7))
     gust = np.clip(1 + 0.25 * fractal(rng, shape, 500, 3), 0.3, 2)
@@ -134,12 +136,12 @@ def _band(patch, shade, sky, first, second):
 
 # %% ../nbs/02_fleet.ipynb #31aa350b
 def coast_height(rng, look):
-    """A height whose zero line is the coast: float32 (SCENE, SCENE), positive on land, in pixels of distance near the line."""
-    angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.5) * SCENE
-    y, x = np.mgrid[:SCENE, :SCENE].astype(np.float32) - SCENE / 2
+    """A height whose zero line is the coast: float32 (SCENE), positive on land, in pixels of distance near the line."""
+    angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.7) * SCENE[0]
+    y, x = np.mgrid[:SCENE[0], :SCENE[1]].astype(np.float32) - np.float32(SCENE)[:, None, None] / 2
     plane = x * np.cos(angle) + y * np.sin(angle) - offset
     rough = 6 if look.harbour else rng.uniform(40, 130)
-    return plane + rough * fractal(rng, (SCENE, SCENE), 500, 5), angle
+    return plane + rough * fractal(rng, SCENE, 500, 5), angle
 
 # %% ../nbs/02_fleet.ipynb #f3ac9b5a
 LAND = np.array([(74, 92, 50), (58, 82, 44), (128, 108, 78), (160, 136, 100), (96, 92, 80), (52, 66, 40)], np.float32)
@@ -147,19 +149,19 @@ ROOFS = np.array([(196, 188, 176), (150, 96, 78), (214, 212, 208), (120, 112, 10
 
 
 def paint_land(rng, town):
-    """The ground: float32 (SCENE, SCENE, 3); vegetation and soil, fields, and blocks of roofs where `town` is above 0."""
-    shape, colours = (SCENE, SCENE), LAND[rng.choice(len(LAND), 2, replace=False)]
-    mix = np.clip(0.5 + 0.6 * fractal(rng, shape, 260, 5, 0.6), 0, 1)[..., None]
+    """The ground: float32 (*SCENE, 3); vegetation and soil, fields, and blocks of roofs where `town` is above 0."""
+    side, colours = max(SCENE), LAND[rng.choice(len(LAND), 2, replace=False)]
+    mix = np.clip(0.5 + 0.6 * fractal(rng, SCENE, 260, 5, 0.6), 0, 1)[..., None]
     land = colours[0] + mix * (colours[1] - colours[0])
-    fields = cv2.resize(rng.normal(0, 1, (SCENE // 90, SCENE // 60)).astype(np.float32), shape, interpolation=cv2.INTER_NEAREST)
-    land = land * (1 + 0.10 * fields + 0.14 * smooth(rng, shape, 3) + 0.06 * smooth(rng, shape, 9))[..., None]
+    fields = cv2.resize(rng.normal(0, 1, (SCENE[0] // 90, SCENE[1] // 60)).astype(np.float32), SCENE[::-1], interpolation=cv2.INTER_NEAREST)
+    land = land * (1 + 0.10 * fields + 0.14 * smooth(rng, SCENE, 3) + 0.06 * smooth(rng, SCENE, 9))[..., None]
     if town <= 0: return land
-    grid = rng.random((SCENE // 12, SCENE // 16)).astype(np.float32)
+    grid = rng.random((side // 12, side // 16)).astype(np.float32)
     roofs = ROOFS[rng.integers(len(ROOFS), size=grid.shape)] * rng.uniform(0.75, 1.1, (*grid.shape, 1))
     angle = rng.uniform(0, 90)
-    turn = cv2.getRotationMatrix2D((SCENE / 2, SCENE / 2), angle, 1.5)
-    block = cv2.warpAffine(np.dstack([roofs, grid]).astype(np.float32).repeat(12, 0).repeat(16, 1)[:SCENE, :SCENE], turn, shape, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT)
-    built = block[..., 3] < 0.55 * np.clip(town + 0.4 * smooth(rng, shape, 260), 0, 1)
+    turn = cv2.getRotationMatrix2D((side / 2, side / 2), angle, 1.5)
+    block = cv2.warpAffine(np.dstack([roofs, grid]).astype(np.float32).repeat(12, 0).repeat(16, 1)[:side, :side], turn, SCENE[::-1], flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT)
+    built = block[..., 3] < 0.55 * np.clip(town + 0.4 * smooth(rng, SCENE, 260), 0, 1)
     return np.where(built[..., None], block[..., :3], land)
 
 # %% ../nbs/02_fleet.ipynb #89611bd2
@@ -233,7 +235,7 @@ def _blend(scene, alpha, colour):
 
 
 def _whitecaps(rng, look, scene, water):
-    for x, y in rng.uniform(0, SCENE, (int(np.exp(rng.uniform(2.5, 6.7))), 2)):
+    for x, y in rng.uniform(0, SCENE[::-1], (int(np.exp(rng.uniform(2.5, 6.7))), 2)):
         if not water[int(y), int(x)]: continue
         foam, behind = rng.beta(1.2, 2.2), scene[int(y), int(x)]
         streak = _box((x, y), (1.5 + rng.exponential(2.5), rng.uniform(0.8, 2.4)), look.wind + np.pi / 2 + rng.normal(0, 0.5))
@@ -241,16 +243,16 @@ def _whitecaps(rng, look, scene, water):
 
 
 def _buoys(rng, scene, water):
-    start, step = rng.uniform(0, SCENE, 2), rng.normal(0, 30, 2)
+    start, step = rng.uniform(0, SCENE[::-1]), rng.normal(0, 30, 2)
     for k in range(rng.integers(3, 24)):
         x, y = start + k * step + rng.normal(0, 2, 2)
-        if 2 <= x < SCENE - 2 and 2 <= y < SCENE - 2 and water[int(y), int(x)]: cv2.circle(scene, (int(x), int(y)), int(rng.integers(1, 3)), [(240, 235, 225), (210, 120, 40), (200, 60, 50)][k % 3], -1, cv2.LINE_AA)
+        if 2 <= x < SCENE[1] - 2 and 2 <= y < SCENE[0] - 2 and water[int(y), int(x)]: cv2.circle(scene, (int(x), int(y)), int(rng.integers(1, 3)), [(240, 235, 225), (210, 120, 40), (200, 60, 50)][k % 3], -1, cv2.LINE_AA)
 
 
 def _rocks(rng, scene, water):
     for _ in range(rng.integers(1, 6)):
         side = int(rng.uniform(12, 110))
-        x, y = rng.integers(0, SCENE - side, 2)
+        x, y = rng.integers(0, np.array(SCENE[::-1]) - side)
         spot, view = fractal(rng, (side, side), side / 2.5, 3) + 1.2 - 3.2 * _radius(side), scene[y:y + side, x:x + side]
         if not water[y:y + side, x:x + side].all(): continue
         _blend(view, np.clip(1 - np.abs(spot + 0.15) * 4, 0, 1) * 0.7, (225, 230, 230))
@@ -429,11 +431,11 @@ def place_ship(rng, ship, scene, labels, blocked, look, water):
 def draw_ships(rng, look, berths):
     """The ships of a scene, window by window: open water at random, berths first in a harbour, sometimes two side by side."""
     ships, berths = [], [berths[i] for i in rng.permutation(len(berths))]
-    for y, x in ((0, 0), (0, WINDOW), (WINDOW, 0), (WINDOW, WINDOW)):
+    for x in (0, WINDOW):
         for _ in range(draw_count(rng)):
             length, width = draw_size(rng)
             moving = rng.random() < 0.45
-            ship = Ship(x + rng.uniform(0, WINDOW), y + rng.uniform(0, WINDOW), length, width, rng.uniform(0, 2 * np.pi), moving)
+            ship = Ship(x + rng.uniform(0, WINDOW), rng.uniform(0, WINDOW), length, width, rng.uniform(0, 2 * np.pi), moving)
             if ships and rng.random() < 0.12: ship = _alongside(rng, ships[-1], length, width)
             elif berths and rng.random() < 0.6: ship = _moored(rng, berths.pop(), length, width)
             ships.append(ship)
@@ -467,9 +469,9 @@ def paint_clouds(rng, look, scene, cover):
 
 
 def cloud_cover(rng, look):
-    """Opacity of the clouds, float32 (SCENE, SCENE) in 0..1; about `look.cloud` of the scene is covered."""
-    if not look.cloud: return np.zeros((SCENE, SCENE), np.float32)
-    field = fractal(rng, (SCENE, SCENE), rng.uniform(250, 600), 7, 0.6)
+    """Opacity of the clouds, float32 (SCENE) in 0..1; about `look.cloud` of the scene is covered."""
+    if not look.cloud: return np.zeros(SCENE, np.float32)
+    field = fractal(rng, SCENE, rng.uniform(250, 600), 7, 0.6)
     level = np.quantile(field[::16, ::16], 1 - look.cloud)
     return np.clip((field - level) * rng.uniform(0.8, 1.8), 0, 1) * rng.uniform(0.6, 1)
 
@@ -487,25 +489,25 @@ def make_scene(seed, number):
 
     Returns
     -------
-    img : uint8 (SCENE, SCENE, 3), RGB.
-    labels : int32 (SCENE, SCENE), ships are 1..n, 0 elsewhere.
+    img : uint8 (*SCENE, 3), RGB.
+    labels : int32 (SCENE), ships are 1..n, 0 elsewhere.
     """
     rng = np.random.default_rng([seed, number])
     look = draw_look(rng)
     scene = paint_water(rng, look)
-    height, berths = np.full((SCENE, SCENE), -1e4, np.float32), []
+    height, berths = np.full(SCENE, -1e4, np.float32), []
     if look.coast: scene, height, angle = paint_coast(rng, look, scene)
     scene = np.ascontiguousarray(scene, np.float32)
     if look.harbour: berths = paint_harbour(rng, scene, height, angle)
     water, cover = height <= 0, cloud_cover(rng, look)
     paint_lookalikes(rng, look, scene, water)
-    labels, blocked = np.zeros((SCENE, SCENE), np.int32), (height > 0) | (cover > 0.35)
+    labels, blocked = np.zeros(SCENE, np.int32), (height > 0) | (cover > 0.35)
     for ship in draw_ships(rng, look, berths): place_ship(rng, ship, scene, labels, blocked, look, water)
     paint_clouds(rng, look, scene, cover)
     return sense(rng, scene), labels
 
-# %% ../nbs/02_fleet.ipynb #a0c50199
-VERSION = "1"   # a change of the pictures changes it, and with it the folder of the sample
+# %% ../nbs/02_fleet.ipynb #023bc755
+VERSION = "2"   # a change of the pictures changes it, and with it the folder of the sample
 
 
 def image_id(seed, scene, window):
@@ -528,9 +530,8 @@ def _write_scene(root, seed, scene, count):
     img, labels = make_scene(seed, scene)
     rng = np.random.default_rng([seed, scene, 1])
     rows, quality = [], int(rng.integers(80, 95))
-    for window, (y, x) in enumerate(((0, 0), (0, WINDOW), (WINDOW, 0), (WINDOW, WINDOW))):
-        if window >= count: break
-        name, cut = image_id(seed, scene, window), np.s_[y:y + WINDOW, x:x + WINDOW]
+    for window in range(count):
+        name, cut = image_id(seed, scene, window), np.s_[:, window * WINDOW:(window + 1) * WINDOW]
         if rng.random() < BROKEN and not labels[cut].any(): _break(rng, img[cut])
         data = cv2.imencode(".jpg", cv2.cvtColor(img[cut], cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         (root/"train_v2"/name).write_bytes(data.tobytes())
@@ -544,7 +545,7 @@ def make_fleet(root, images=240, seed=0, workers=None, progress=False):
     Parameters
     ----------
     root : folder, made when missing. It must be empty.
-    images : int, number of 768 x 768 windows; four to a scene.
+    images : int, number of 768 x 768 windows; two to a scene.
     seed : int >= 0. The same seed and count give the same bytes (with the pinned versions of NumPy and OpenCV).
     workers : int, threads; None is one per core.
 
@@ -565,9 +566,9 @@ def make_fleet(root, images=240, seed=0, workers=None, progress=False):
     if root.exists() and (not root.is_dir() or any(root.iterdir())): raise FileExistsError(f"{root} is not an empty folder; choose another one for the fleet")
     (root/"train_v2").mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    scenes = range(-(-images // 4))
+    scenes = range(-(-images // 2))
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = pool.map(lambda o: _write_scene(root, seed, o, min(4, images - 4 * o)), scenes)
+        done = pool.map(lambda o: _write_scene(root, seed, o, min(2, images - 2 * o)), scenes)
         rows = [row for rows in tqdm(done, total=len(scenes), desc="fleet", unit="scene", disable=not progress) for row in rows]
     table = pd.DataFrame(rows, columns=["ImageId", "EncodedPixels", "SceneId"])
     atomic_write(root/"train_ship_segmentations_v2.csv", table[["ImageId", "EncodedPixels"]].to_csv(index=False))
@@ -579,3 +580,69 @@ def sample(images=240, seed=0, progress=False):
     """Return the folder of the embedded sample, `data/sample` below the project's root, made on first use (about half a minute on two cores)."""
     key = f"fleet {VERSION} images={images} seed={seed}"
     return build_once(project_root()/"data"/"sample", key, lambda temp: make_fleet(temp, images, seed, progress=progress))
+
+# %% ../nbs/02_fleet.ipynb #e0d3c2aa
+def brightness_dice(catalog, levels=range(0, 256, 4)):
+    """Return, per level, the mean Dice over the images with ships of "brighter than this is ship": float64 (levels,). The floor that a trained model is compared with."""
+    scores = []
+    for i in np.flatnonzero(catalog.counts):
+        grey = catalog.read_image(i).max(axis=2)
+        truth = np.zeros(256) if not catalog.rles(i) else np.bincount(grey[decode_labels(catalog.rles(i), grey.shape) > 0], minlength=256)
+        every = np.bincount(grey.ravel(), minlength=256)
+        above = lambda o: o[::-1].cumsum()[::-1]
+        scores.append(2 * above(truth) / (above(every) + truth.sum()))
+    return np.mean(scores, axis=0)[list(levels)]
+
+# %% ../nbs/02_fleet.ipynb #00635fcd
+def image_statistics(img):
+    """Return {brightness, saturation, gradient, slope} of an image uint8 (H, W, 3).
+
+    brightness and saturation: means of the HSV value and saturation, 0..1. gradient: root mean square of the horizontal and vertical differences of grey, in grey levels.
+    slope: of log power against log frequency of the grey image, radially averaged, from 1/128 to 1/4 cycles per pixel (natural scenes: near -2).
+    """
+    hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
+    grey = cv2.cvtColor(img, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    down, right = np.diff(grey, axis=0), np.diff(grey, axis=1)
+    return dict(brightness=hsv[..., 2].mean() / 255, saturation=hsv[..., 1].mean() / 255,
+                gradient=float(np.sqrt((down**2).mean() + (right**2).mean())), slope=_spectrum_slope(grey))
+
+
+def _spectrum_slope(grey):
+    """Least-squares slope of log radial power against log frequency."""
+    side = min(grey.shape)
+    patch = grey[:side, :side] - grey[:side, :side].mean()
+    window = np.hanning(side).astype(np.float32)
+    power = np.abs(fft.rfft2(patch * window[:, None] * window))**2
+    f = np.hypot(fft.fftfreq(side)[:, None], fft.rfftfreq(side))
+    bins = np.geomspace(1 / 128, 1 / 4, 13)
+    index = np.digitize(f, bins)
+    means = [power[index == k].mean() + 1e-6 for k in range(1, len(bins))]
+    return float(np.polyfit(np.log(np.sqrt(bins[1:] * bins[:-1])), np.log(means), 1)[0])
+
+# %% ../nbs/02_fleet.ipynb #2ba4328b
+def ship_contrasts(img, labels):
+    """Return, per ship, its mean grey minus that of the ring of 4 to 10 pixels around it, in grey levels: float64 (n,)."""
+    grey, ships, out = cv2.cvtColor(img, cv2.COLOR_RGB2GRAY).astype(np.float32), labels > 0, []
+    for number in range(1, int(labels.max()) + 1):
+        rows, columns = np.nonzero(labels == number)
+        if not len(rows): continue
+        cut = np.s_[max(rows.min() - 12, 0):rows.max() + 13, max(columns.min() - 12, 0):columns.max() + 13]
+        far = cv2.distanceTransform((labels[cut] != number).astype(np.uint8), cv2.DIST_L2, 5)
+        ring = (far > 4) & (far <= 10) & ~ships[cut]
+        if ring.any(): out.append(grey[rows, columns].mean() - grey[cut][ring].mean())
+    return np.array(out)
+
+# %% ../nbs/02_fleet.ipynb #01b463ed
+def catalog_statistics(catalog):
+    """Return {name: float64 values}: `image_statistics` of every image, and `contrast` of every ship (at most the first 20 of an image)."""
+    rows, contrasts = [], []
+    for i in range(len(catalog)):
+        img = catalog.read_image(i)
+        rows.append(image_statistics(img))
+        contrasts += ship_contrasts(img, decode_labels(catalog.rles(i)[:20], img.shape[:2])).tolist()
+    return {name: np.array([o[name] for o in rows]) for name in rows[0]} | {"contrast": np.array(contrasts)}
+
+
+def statistic_distance(a, b):
+    """Return the Wasserstein-1 distance between two samples divided by the deviation of `b`: 0 is equal, 1 is a shift by one deviation."""
+    return float(wasserstein_distance(a, b) / np.std(b))

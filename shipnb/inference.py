@@ -20,6 +20,7 @@ import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -37,7 +38,7 @@ from .thresholds import OperatingPoint, image_logits, nearest_edge, sigmoid
 
 # %% ../nbs/31_inference.ipynb #d9d5a9b4
 def window_starts(length, window, overlap=0.25):
-    """Return where windows start along one axis: int64 (n,), evenly spread, the first at 0, the last ending at `length`.
+    """Return where windows start along one axis, evenly spread: int64 (n,), the first at 0, the last ending at `length`.
 
     Parameters
     ----------
@@ -62,7 +63,7 @@ def blend_weights(window):
 
 # %% ../nbs/31_inference.ipynb #c9fa0542
 def cut_window(img, y, x, window):
-    """Return the window of `img` (H, W, 3) whose top-left pixel is (y, x): (h, w, 3), mirrored outwards where the image ends before the window does."""
+    """Return the window (h, w, 3) of `img` (H, W, 3) whose top-left pixel is (y, x), mirrored outwards beyond the image's end."""
     part = img[y:y + window[0], x:x + window[1]]
     down, right = window[0] - part.shape[0], window[1] - part.shape[1]
     return part if down == right == 0 else np.pad(part, ((0, down), (0, right), (0, 0)), mode="symmetric")
@@ -74,7 +75,7 @@ VIEWS = {False: [(False, False, False)],
 
 # %% ../nbs/31_inference.ipynb #69ed0e6d
 def apply_view(img, view):
-    """Return `img` (H, W, ...) in one view: transposed, flipped top to bottom, flipped left to right, as the three flags of `view` say."""
+    """Return `img` (H, W, ...) transposed, flipped top to bottom, flipped left to right, as the three flags of `view` say."""
     if view[0]: img = img.swapaxes(0, 1)
     return np.ascontiguousarray(img[::-1 if view[1] else 1, ::-1 if view[2] else 1])
 
@@ -86,10 +87,11 @@ def undo_view(img, view):
 
 # %% ../nbs/31_inference.ipynb #79b37fb2
 def _check_tta(tta, *shapes):
-    """`tta` as a key of VIEWS (True means "flips"); ValueError for another one, and for quarter turns when a shape is not square."""
+    """`tta` as a key of VIEWS (True means "flips"); ValueError for another one, and for quarter turns of what is not square."""
     tta = "flips" if tta is True else tta or False
     if tta not in VIEWS: raise ValueError(f"tta is {tta!r}; it must be False, 'flips' (4 views) or 'd4' (8 views)")
-    if tta == "d4" and any(h != w for h, w in shapes): raise ValueError(f"tta='d4' turns by quarters and needs square windows, not {shapes}; use 'flips'")
+    if tta == "d4" and any(h != w for h, w in shapes):
+        raise ValueError(f"tta='d4' turns by quarters and needs square windows, not {shapes}; use 'flips'")
     return tta
 
 # %% ../nbs/31_inference.ipynb #c92fb31c
@@ -133,30 +135,32 @@ def _card_point(card, folder):
     if not card.get("operating_point"): return None
     point, window = OperatingPoint.from_dict(card["operating_point"]), tuple(card["window"])
     if point.grid != window:
-        raise ValueError(f"{folder}: the operating point was chosen on a grid of {point.grid or 'many sizes'}, but predictions are made on {window}; "
-                         "run 30_thresholds again on images of the window's size, or give threshold and min_area")
+        raise ValueError(f"{folder}: the operating point was chosen on a grid of {point.grid or 'many sizes'}, but predictions are made "
+                         f"on {window}; run 30_thresholds again on images of the window's size, or give threshold and min_area")
     return point
 
 # %% ../nbs/31_inference.ipynb #e9f51e5e
 def _edge_and_area(points, threshold, min_area):
-    """Logit edge and minimum area (pixels) to use: what is given, else the mean edge (to 1/64) and the median area of the operating points."""
+    """Logit edge and minimum area (pixels): what is given, else the mean edge (to 1/64) and median area of the operating points."""
     if threshold is None and (not points or None in points):
-        raise ValueError("the model's card has no operating point; run 30_thresholds with this model, or give threshold (and min_area)")
+        raise ValueError("the model's card has no operating point; "
+                         "run 30_thresholds with this model, or give threshold (and min_area)")
     known = [o for o in points if o is not None]
     edge = nearest_edge(threshold) if threshold is not None else round(np.mean([o.logit for o in known]) * 64) / 64
     area = min_area if min_area is not None else math.ceil(np.median([o.min_area for o in known])) if known else 0
-    if not (area >= 0 and math.isfinite(area)): raise ValueError(f"min_area is {area}; it must be a number of pixels, 0 or more")
+    if not 0 <= area < math.inf: raise ValueError(f"min_area is {area}; it must be a number of pixels, 0 or more")
     return float(edge), area
 
 # %% ../nbs/31_inference.ipynb #c2743363
 def _same_view(cards, folders):
-    """Check that all cards agree on window, size and classes, and that there is one class; ValueError names the two folders that differ."""
-    for card, folder in zip(cards, folders):
+    """ValueError, naming the folder, unless all cards agree on window, size, classes and channels, and these are RGB and one class."""
+    for card, folder in zip(cards, folders, strict=True):
         for key in ("window", "size", "classes", "in_channels"):
-            if card[key] != cards[0][key]:
-                raise ValueError(f"{folder} has {key} {card[key]} on its card, {folders[0]} has {cards[0][key]}; only models with equal cards can be averaged")
-    if (cards[0]["classes"], cards[0]["in_channels"]) != (1, 3): raise ValueError(f"{folders[0]} has {cards[0]['classes']} classes and "
-                                                                                  f"{cards[0]['in_channels']} channels; ships are predicted from RGB with one class")
+            if card[key] == cards[0][key]: continue
+            raise ValueError(f"{folder} has {key} {card[key]} on its card, {folders[0]} has {cards[0][key]}; "
+                             "only models with equal cards can be averaged")
+        if (card["classes"], card["in_channels"]) != (1, 3):
+            raise ValueError(f"{folder} has {card['classes']} classes and {card['in_channels']} channels; ships are predicted from RGB with one class")
 
 # %% ../nbs/31_inference.ipynb #0343b918
 class Predictor:
@@ -188,37 +192,30 @@ class Predictor(Predictor):
     def load(cls, folder, device=None, tta=False, threshold=None, min_area=None, **options):
         """Return the Predictor of a model folder, or of a list of folders (folds) whose logits are averaged.
 
-        Parameters
-        ----------
-        folder : path, or list of paths.
-        device : torch device; None is the GPU when there is one.
-        tta, options : as `Predictor`.
-        threshold, min_area : probability and source pixels that replace the operating point of the card.
-
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            When a folder is no model folder, cards differ, an operating point is missing or belongs to another grid.
+        `device` None is the GPU when there is one; `threshold` (probability) and `min_area` (source pixels) replace the card's operating
+        point; `tta` and `options` are as in `Predictor`. FileNotFoundError or ValueError when a folder is no model folder, cards differ,
+        an operating point is missing or belongs to another grid.
         """
         folders = [folder] if isinstance(folder, (str, os.PathLike)) else list(folder)
         if not folders: raise ValueError("no model folder is given; name at least one")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        models, cards = zip(*[load_model(o, device=device) for o in folders])
+        models, cards = zip(*[load_model(o, device=device) for o in folders], strict=True)
         _same_view(cards, folders)
-        points = [None if threshold is not None and min_area is not None else _card_point(c, f) for c, f in zip(cards, folders)]
-        edge, area = _edge_and_area(points, threshold, min_area)
-        return cls(models, cards[0]["window"], cards[0]["size"], edge, area, device, tta, **options)
+        by_hand = threshold is not None and min_area is not None
+        points = [None if by_hand else _card_point(*pair) for pair in zip(cards, folders, strict=True)]
+        return cls(models, cards[0]["window"], cards[0]["size"], *_edge_and_area(points, threshold, min_area), device, tta, **options)
 
 # %% ../nbs/31_inference.ipynb #48524423
 class Predictor(Predictor):
     def window_logits(self, windows):
-        """Return the logits of windows, a list of uint8 (H, W, 3) of the size `window`: float32 (n, H, W), averaged over views and models."""
+        """Return the logits of a list of windows, uint8 (H, W, 3): float32 (n, H, W), averaged over views and models."""
         total = 0
         for view in self.views:
             seen = [apply_view(o, view) for o in windows]
             for model in self.models:
-                total = total + np.stack([undo_view(z, view) for z in image_logits(model, seen, self.size, self.window)])
-        if not np.isfinite(total).all(): raise ValueError("the model gave logits that are not finite; it is damaged, train it again")
+                logits = image_logits(model, seen, self.size, self.window)
+                total = total + np.stack([undo_view(z, view) for z in logits])
+        if not np.isfinite(total).all(): raise ValueError("the model's logits are not finite; it is damaged, train it again")
         return total / np.float32(len(self.views) * len(self.models))
 
 # %% ../nbs/31_inference.ipynb #265ce268
@@ -231,7 +228,7 @@ class Predictor(Predictor):
         total, weight, bump = np.zeros((h, width), np.float32), np.zeros(width, np.float32), blend_weights(w)
         for i in range(0, len(starts), self.batch_size):
             batch = starts[i:i + self.batch_size]
-            for x, logits in zip(batch, self.window_logits([cut_window(img, y, x, self.window) for x in batch])):
+            for x, logits in zip(batch, self.window_logits([cut_window(img, y, x, self.window) for x in batch]), strict=True):
                 total[:, x:x + w] += bump * logits
                 weight[x:x + w] += bump
         return total / weight
@@ -245,8 +242,9 @@ class Predictor(Predictor):
         if len(starts) == 1:
             yield self._row_of_windows(img, 0)[:height]
             return
-        total, weight, bump = np.zeros((h, img.shape[1]), np.float32), np.zeros((h, 1), np.float32), blend_weights(h)[:, None]
-        for y, after in zip(starts, [*starts[1:], height]):
+        bump = blend_weights(h)[:, None]
+        total, weight = np.zeros((h, img.shape[1]), np.float32), np.zeros((h, 1), np.float32)
+        for y, after in zip(starts, [*starts[1:], height], strict=True):
             total += bump * self._row_of_windows(img, y)
             weight += bump
             rows = after - y
@@ -296,6 +294,8 @@ class Predictor(Predictor):
         labels, scores = kept_ships(np.concatenate(masks), np.concatenate(values), self.min_area)
         return Prediction(labels, scores, np.concatenate(kept) if logits else None)
 
+# %% ../nbs/31_inference.ipynb #dc182a42
+class Predictor(Predictor):
     def predict(self, image, logits=False):
         """Return the Prediction of one image.
 
@@ -313,10 +313,10 @@ class Predictor(Predictor):
         _check_image(img)
         return self._decide(self.bands(img), logits)
 
-# %% ../nbs/31_inference.ipynb #dc182a42
+# %% ../nbs/31_inference.ipynb #5af126d9
 class Predictor(Predictor):
     def predict_many(self, images):
-        """Yield the Prediction of each image of an iterable of uint8 (H, W, 3), in order; images within one window share forward passes."""
+        """Yield the Prediction of each image of an iterable of uint8 (H, W, 3); images within one window share forward passes."""
         waiting = []
         for img in images:
             _check_image(img)
@@ -332,7 +332,7 @@ class Predictor(Predictor):
         """Predictions of images that fit in one window each."""
         if not images: return
         logits = self.window_logits([cut_window(img, 0, 0, self.window) for img in images])
-        for img, z in zip(images, logits): yield self._decide([z[:img.shape[0], :img.shape[1]]])
+        for img, z in zip(images, logits, strict=True): yield self._decide([z[:img.shape[0], :img.shape[1]]])
 
 # %% ../nbs/31_inference.ipynb #27bd46b0
 SHIP_COLUMNS = ["ship", "x", "y", "length", "width", "heading", "area", "score", "x0", "y0", "x1", "y1"]
@@ -371,8 +371,8 @@ def image_files(images):
     paths = _listed(images) if isinstance(images, (str, os.PathLike)) else [Path(o) for o in images]
     if not paths: raise ValueError(f"{images}: no image files ({', '.join(o[1:] for o in IMAGE_SUFFIXES)})")
     paths = sorted(paths, key=lambda path: path.name)
-    same = next((pair for pair in zip(paths, paths[1:]) if pair[0].name == pair[1].name), None)
-    if same: raise ValueError(f"{same[0]} and {same[1]} have the same name; a name stands for one image, so predict them into two files")
+    same = next((pair for pair in pairwise(paths) if pair[0].name == pair[1].name), None)
+    if same: raise ValueError(f"{same[0]} and {same[1]} have the same name, which stands for one image; predict them into two files")
     return paths
 
 # %% ../nbs/31_inference.ipynb #174832d6
@@ -393,7 +393,7 @@ def _size_or_error(path):
     if path.is_dir(): return ValueError(f"{path}: is a folder, not an image file")
     try: height, width = image_size(path)
     except (OSError, ValueError) as error: return error
-    if height * width > MAX_PIXELS: return ValueError(f"{path}: {height} x {width} pixels; the most that is read is {MAX_PIXELS}")
+    if height * width > MAX_PIXELS: return ValueError(f"{path}: {height} x {width} pixels; at most {MAX_PIXELS} are read")
     return height, width
 
 
@@ -437,7 +437,7 @@ def _write_ships(path, records):
 
 # %% ../nbs/31_inference.ipynb #9c491d8a
 def coco_counts(rle, shape):
-    """Return a run-length code (1-based starts and lengths) as COCO counts: list of int, background and object in turn; they sum to height x width."""
+    """Return a run-length code as COCO counts: list of int, background and object in turn; they sum to height x width of `shape`."""
     starts, lengths = rle_runs(rle, shape)
     ends = starts + lengths
     gaps = starts - np.append(0, ends[:-1])
@@ -447,19 +447,20 @@ def coco_counts(rle, shape):
 # %% ../nbs/31_inference.ipynb #a9107323
 def _coco_values(prediction):
     """COCO annotations of one image, still without ids."""
-    shape, table = prediction.labels.shape, prediction.ships()
+    shape, ships = prediction.labels.shape, prediction.ships().itertuples()
     return [dict(category_id=1, segmentation=dict(size=list(shape), counts=coco_counts(rle, shape)), area=o.area,
                  bbox=[o.x0, o.y0, o.x1 - o.x0, o.y1 - o.y0], iscrowd=0, score=o.score)
-            for rle, o in zip(prediction.rles(), table.itertuples())]
+            for rle, o in zip(prediction.rles(), ships, strict=True)]
 
-
+# %% ../nbs/31_inference.ipynb #3bdc78f4
 def _write_coco(path, records):
     """COCO JSON; images that could not be read are named under `info`, for they have no size."""
     usable = [o for o in records if o["height"]]
     images = [dict(id=i, file_name=o["image"], height=o["height"], width=o["width"]) for i, o in enumerate(usable, 1)]
     found = [dict(image_id=i, **value) for i, o in enumerate(usable, 1) for value in o["values"]]
     info = dict(description="ships found by shipnb", unreadable=[o["image"] for o in records if not o["height"]])
-    _dump(path, dict(info=info, images=images, categories=[dict(id=1, name="ship")], annotations=[dict(id=i, **o) for i, o in enumerate(found, 1)]))
+    annotations = [dict(id=i, **o) for i, o in enumerate(found, 1)]
+    _dump(path, dict(info=info, images=images, categories=[dict(id=1, name="ship")], annotations=annotations))
 
 
 def _dump(path, value):
@@ -475,7 +476,8 @@ def _arrows(msk):
     p = np.pad(msk.astype(bool), 1)
     near = (p[:-2, 1:-1], p[1:-1, 2:], p[2:, 1:-1], p[1:-1, :-2])        # above, right, below, left of each pixel
     first = ((0, 0), (1, 0), (1, 1), (0, 1))                             # the corner where that side's arrow starts
-    return [{(x + dx, y + dy) for y, x in np.argwhere(p[1:-1, 1:-1] & ~o).tolist()} for o, (dx, dy) in zip(near, first)]
+    sides = [np.argwhere(p[1:-1, 1:-1] & ~o).tolist() for o in near]
+    return [{(x + dx, y + dy) for y, x in side} for side, (dx, dy) in zip(sides, first, strict=True)]
 
 
 def _walk(arrows, start):
@@ -489,7 +491,7 @@ def _walk(arrows, start):
 
 # %% ../nbs/31_inference.ipynb #68c19cbc
 def _loops(walk):
-    """A closed walk cut where it meets itself: loops of corners, straight corners left out."""
+    """A closed walk cut where it meets itself: loops of corners and directions."""
     loops, path, seen = [], [], {}
     for corner, heading in walk:
         if corner in seen:
@@ -499,37 +501,43 @@ def _loops(walk):
             del path[at:]
         seen[corner] = len(path)
         path.append((corner, heading))
-    return [[corner for (corner, heading), (_, before) in zip(loop, [loop[-1], *loop]) if heading != before] for loop in [*loops, path]]
+    return [*loops, path]
+
+
+def _turns(loop):
+    """The corners of a loop where the direction changes."""
+    return [corner for (corner, heading), (_, before) in zip(loop, [loop[-1], *loop[:-1]], strict=True) if heading != before]
 
 
 def ring_area(ring):
-    """Signed area of a ring of corners (x, y), by the shoelace formula: positive when it is walked with y down clockwise on the screen."""
+    """Return the signed area of a ring of corners (x, y) by the shoelace formula: positive when walked clockwise on the screen."""
     x, y = np.transpose(ring)
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
 
-# %% ../nbs/31_inference.ipynb #67905a47
-def pixel_polygons(msk):
-    """Trace a mask along the edges of its pixels.
-
-    Parameters
-    ----------
-    msk : array (h, w), nonzero is ship.
-
-    Returns
-    -------
-    list of polygons, one per 4-connected part: a list of closed rings of [x, y] corners, the outline first, then the holes. Every ring is
-    simple; outlines have positive and holes negative shoelace area, which together are the number of pixels.
-    """
-    arrows = _arrows(msk)
-    left, loops = set(arrows[0]), []
+# %% ../nbs/31_inference.ipynb #8576b837
+def _outlines(msk):
+    """All simple loops around and inside a mask: ship on the right of the walk."""
+    arrows, loops = _arrows(msk), []
+    left = set(arrows[0])                        # every loop goes right somewhere
     for start in sorted(arrows[0]):
         if start not in left: continue
         walk = _walk(arrows, start)
         left -= {corner for corner, heading in walk if heading == 0}
-        loops += _loops(walk)
-    areas = [ring_area(o) for o in loops]
-    polygons = [[loops[i]] for i in np.argsort(areas, kind="stable") if areas[i] > 0]
-    for hole in (o for o, area in zip(loops, areas) if area < 0):
+        loops += map(_turns, _loops(walk))
+    return loops
+
+# %% ../nbs/31_inference.ipynb #67905a47
+def pixel_polygons(msk):
+    """Trace a mask (h, w) along the edges of its pixels.
+
+    Returns
+    -------
+    list of polygons, one per 4-connected part: a list of closed rings of [x, y] corners, the outline first, then the holes. Every
+    ring is simple; outlines have positive and holes negative shoelace area, which together are the number of pixels.
+    """
+    loops = sorted(_outlines(msk), key=ring_area)
+    polygons = [[o] for o in loops if ring_area(o) > 0]      # small ones first
+    for hole in (o for o in loops if ring_area(o) < 0):
         next(o for o in polygons if _holds(o[0], hole)).append(hole)
     return [[[*map(list, ring), list(ring[0])] for ring in polygon] for polygon in polygons]
 
@@ -548,7 +556,8 @@ def _geojson_values(prediction):
     for o in prediction.ships().itertuples(index=False):
         polygons = pixel_polygons(prediction.labels[o.y0:o.y1, o.x0:o.x1] == o.ship)
         shifted = [[[[x + o.x0, y + o.y0] for x, y in ring] for ring in polygon] for polygon in polygons]
-        geometry = dict(type="Polygon", coordinates=shifted[0]) if len(shifted) == 1 else dict(type="MultiPolygon", coordinates=shifted)
+        kind, coordinates = ("Polygon", shifted[0]) if len(shifted) == 1 else ("MultiPolygon", shifted)
+        geometry = dict(type=kind, coordinates=coordinates)
         features.append(dict(type="Feature", geometry=geometry, properties=o._asdict()))
     return features
 
@@ -567,14 +576,15 @@ FORMATS = {"csv": (Prediction.rles, _write_csv), "coco": (_coco_values, _write_c
 
 # %% ../nbs/31_inference.ipynb #6ea35e0d
 def draw_overlay(img, prediction, longest=2048, colour=(255, 60, 220)):
-    """Return a copy of `img` (uint8 (H, W, 3)) with the outlines, numbers and scores of the ships; at most `longest` pixels a side."""
+    """Return a copy of `img`, uint8 (H, W, 3), with outlines, numbers and scores of the ships; at most `longest` pixels a side."""
     scale = min(1, longest / max(img.shape[:2]))
     size = tuple(max(1, round(o * scale)) for o in img.shape[1::-1])
     shown = img.copy() if scale == 1 else cv2.resize(img, size, interpolation=cv2.INTER_AREA)
-    contours, _ = cv2.findContours(cv2.dilate(prediction.mask, np.ones((3, 3), np.uint8)), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    around = cv2.dilate(prediction.mask, np.ones((3, 3), np.uint8))
+    contours, _ = cv2.findContours(around, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     lines = [np.rint(((o + 0.5) * scale - 0.5) * 16).astype(np.int32) for o in contours]     # 1/16 pixel
     cv2.polylines(shown, lines, True, colour, 1, cv2.LINE_8 if scale == 1 else cv2.LINE_AA, shift=4)
-    for number, (box, score) in enumerate(zip(prediction.boxes, prediction.scores), 1):
+    for number, (box, score) in enumerate(zip(prediction.boxes, prediction.scores, strict=True), 1):
         left, top, right, _ = np.rint(box * scale).astype(int).tolist()
         words = f"{number}: {score:.2f}"
         room = 8 * len(words) + 3
@@ -616,27 +626,28 @@ def check_output(path):
     path = Path(path).absolute()
     if path.is_dir(): raise ValueError(f"{path} is a folder; name the file to write")
     folder = path.parent if path.parent.exists() else path.parent.parent
-    if not folder.exists(): raise FileNotFoundError(f"cannot write {path}: {folder} does not exist; make it, or choose another output")
+    if not folder.exists(): raise FileNotFoundError(f"cannot write {path}: {folder} does not exist; make it or choose another output")
     if not folder.is_dir(): raise ValueError(f"cannot write {path}: {folder} is not a folder")
     try: tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error: raise OSError(f"cannot write {path}: {error.strerror} ({folder}); choose another output") from error
+    except OSError as error: raise OSError(f"cannot write {path}: {error.strerror}; choose another output") from error
     return path
 
 # %% ../nbs/31_inference.ipynb #bda6e70b
 def sample_names(path):
-    """Return the image names of a sample submission, each once, in its order; FileNotFoundError or ValueError says what is wrong with it."""
+    """Return the image names of a sample submission, each once, in its order; FileNotFoundError or ValueError when it is none."""
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; it must be the sample submission, a CSV with the column ImageId")
+    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; the sample submission is a CSV with the column ImageId")
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error: raise ValueError(f"{path}: not a readable CSV ({error})") from error
-    if "ImageId" not in table: raise ValueError(f"{path}: lacks the column ImageId; it has {', '.join(map(str, table.columns[:8]))}")
+    if "ImageId" not in table: raise ValueError(f"{path}: lacks the column ImageId; it has {', '.join(table.columns[:8])}")
     if not len(table): raise ValueError(f"{path}: lists no image")
     return table["ImageId"].unique().tolist()
 
 # %% ../nbs/31_inference.ipynb #e9c244e5
 def _wanted(paths, sample_submission):
     """{name: path or None} of the images that the file must speak of, in its order."""
-    found = {path.name.encode("utf-8", "backslashreplace").decode(): path for path in paths}   # a name must be writable as UTF-8
+    # a name must be writable as UTF-8
+    found = {path.name.encode("utf-8", "backslashreplace").decode(): path for path in paths}
     if sample_submission is None: return found
     wanted = {name: found.get(name) for name in sample_names(sample_submission)}
     if not any(wanted.values()): raise ValueError(f"no image of {sample_submission} is among the {len(found)} images given")
@@ -644,7 +655,7 @@ def _wanted(paths, sample_submission):
 
 # %% ../nbs/31_inference.ipynb #34b2d771
 def _overlay_folder(overlays, paths):
-    """The folder for overlays, made when missing (None for none); ValueError when it is a folder that images are read from."""
+    """The folder for overlays, made when missing (None for none); ValueError when images are read from it."""
     if overlays is None: return None
     folder = check_output(Path(overlays)/"overlay.png").parent
     if any(path.absolute().parent.resolve() == folder.resolve() for path in paths):
@@ -654,10 +665,11 @@ def _overlay_folder(overlays, paths):
 
 
 def _write(path, write, *values):
-    """Call `write(temporary path, *values)` and rename; OSError in one sentence when the disk is full or the folder is gone."""
+    """Call `write(temporary path, *values)` and rename; OSError in one sentence when the disk is full."""
     try:
         with atomic_path(path) as temp: write(temp, *values)
-    except OSError as error: raise OSError(f"cannot write {path}: {error.strerror or error}; free space or choose another output") from error
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; free space or choose another output") from error
 
 
 def _write_png(path, shown):
@@ -674,7 +686,7 @@ def _refuse_bad(bad, strict, most=3):
 
 def _usable(files, queue, bad, strict, bar):
     """Yield the images that can be read; `queue` gets (name, image), `bad` gets {name: problem}."""
-    names = {path: name for name, path in files.items()}
+    names = {path: name for name, path in files.items()}   # read_ahead speaks of paths
     for path, img in read_ahead(list(names)):
         if isinstance(img, Exception):
             bad[names[path]] = str(img).removeprefix(f"{path}: ")
@@ -691,10 +703,30 @@ def _predict_files(predictor, files, bad, collect, overlays, strict, progress):
     with tqdm(total=len(files), unit="image", desc="predict", disable=not progress) as bar:
         for prediction in predictor.predict_many(_usable(files, queue, bad, strict, bar)):
             name, img = queue.popleft()
-            records[name] = dict(image=name, height=img.shape[0], width=img.shape[1], values=collect(prediction), ships=len(prediction))
+            height, width = img.shape[:2]
+            records[name] = dict(image=name, height=height, width=width, values=collect(prediction), ships=len(prediction))
             if overlays is not None: _write(overlays/overlay_name(name), _write_png, draw_overlay(img, prediction))
             bar.update()
     return records
+
+# %% ../nbs/31_inference.ipynb #0d9e0626
+def _as_predictor(model, tta, threshold, min_area):
+    """`model` when it is a Predictor, else the Predictor of the folder or folders it names."""
+    if not isinstance(model, Predictor): return Predictor.load(model, tta=tta, threshold=threshold, min_area=min_area)
+    if tta or threshold is not None or min_area is not None:
+        raise ValueError("a Predictor has its own tta, threshold and min_area; set them there")
+    return model
+
+
+def _missing(wanted, sample_submission):
+    """{name: problem} of the images that a sample submission lists and the folder has not."""
+    return {name: f"{Path(sample_submission).name} lists it, but it is not among the images given" for name, path in wanted.items() if path is None}
+
+
+def _bad_table(bad, wanted, format):
+    """Bad images as a table, in the order of the file."""
+    action = "empty row" if format == "csv" else "left out"
+    return pd.DataFrame([(name, bad[name], action) for name in wanted if name in bad], columns=PROBLEM_COLUMNS)
 
 # %% ../nbs/31_inference.ipynb #33df97f9
 def predict_folder(model, images, out, format="csv", overlays=None, tta=False, strict=False, sample_submission=None,
@@ -703,10 +735,10 @@ def predict_folder(model, images, out, format="csv", overlays=None, tta=False, s
 
     Parameters
     ----------
-    model : model folder, list of model folders (folds, averaged), or a Predictor (then tta, threshold and min_area are its own).
+    model : model folder, list of them (folds, averaged), or a Predictor (then tta, threshold and min_area are its own).
     images : folder, glob pattern, file, or list of files.
     out : file to write; its folder is made when the folder above is there.
-    format : "csv" (Kaggle: ImageId, EncodedPixels), "coco", "geojson" (pixel coordinates), or "ships" (CSV, one row per ship).
+    format : "csv" (Kaggle: ImageId, EncodedPixels), "coco", "geojson" (pixel coordinates), or "ships" (CSV, a row per ship).
     overlays : folder for a PNG per image with the ships outlined; None for none.
     tta : False, "flips" or "d4".
     strict : bool, stop at the first bad image instead of reporting it.
@@ -721,27 +753,20 @@ def predict_folder(model, images, out, format="csv", overlays=None, tta=False, s
     Raises
     ------
     FileNotFoundError, ValueError, OSError
-        When model, images or sample are missing or wrong, no image is usable, the output cannot be written, or `strict` and an image is bad.
+        When model, images or sample are missing or wrong, no image is usable, the output cannot be written, or an image is bad
+        and `strict` says so.
     """
     if format not in FORMATS: raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
-    out, paths = check_output(out), image_files(images)
-    if any(o.name == out.name and o.resolve() == out.resolve() for o in paths): raise ValueError(f"{out} is one of the images; choose another output")
-    wanted = _wanted(paths, sample_submission)
-    bad = {name: f"no such file among the images given, but {Path(sample_submission).name} lists it" for name, path in wanted.items() if path is None}
-    _refuse_bad(bad, strict)
-    predictor = _as_predictor(model, tta, threshold, min_area)
     collect, write = FORMATS[format]
+    out, paths = check_output(out), image_files(images)
+    if any(o.name == out.name and o.resolve() == out.resolve() for o in paths): raise ValueError(f"{out} is one of the images")
+    wanted = _wanted(paths, sample_submission)
+    bad = _missing(wanted, sample_submission)
+    _refuse_bad(bad, strict)
+    predictor, folder = _as_predictor(model, tta, threshold, min_area), _overlay_folder(overlays, paths)
     files = {name: path for name, path in wanted.items() if path is not None}
-    records = _predict_files(predictor, files, bad, collect, _overlay_folder(overlays, paths), strict, progress)
+    records = _predict_files(predictor, files, bad, collect, folder, strict, progress)
     _refuse_bad(bad, strict=not records)
     blank = dict(height=None, width=None, values=[], ships=0)
     _write(out, write, [records.get(name) or dict(image=name, **blank) for name in wanted])
-    table = pd.DataFrame([(name, bad[name], "empty row" if format == "csv" else "left out") for name in wanted if name in bad], columns=PROBLEM_COLUMNS)
-    return PredictResult(len(wanted), sum(o["ships"] for o in records.values()), table)
-
-# %% ../nbs/31_inference.ipynb #0d9e0626
-def _as_predictor(model, tta, threshold, min_area):
-    """`model` when it is a Predictor, else the Predictor of the folder or folders it names."""
-    if not isinstance(model, Predictor): return Predictor.load(model, tta=tta, threshold=threshold, min_area=min_area)
-    if tta or threshold is not None or min_area is not None: raise ValueError("a Predictor has its own tta, threshold and min_area; set them there")
-    return model
+    return PredictResult(len(wanted), sum(o["ships"] for o in records.values()), _bad_table(bad, wanted, format))

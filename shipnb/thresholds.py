@@ -994,7 +994,7 @@ def plot_curves(surface, point, scores=("dice", "dice_with", "dice_without", "f2
         mark_edges(ax, point)
         log_odds_axis(ax)
         ax.set(title=names[score], ylim=(-.02, 1.02), xlim=(surface.logits[0], 10))
-    axes[0, -1].legend(title="min. area, px", fontsize=7, loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), title="min. area, px", fontsize=7, loc="outside right center")
     return figure
 
 # %% ../nbs/30_thresholds.ipynb #14f683ff
@@ -1015,7 +1015,7 @@ def plot_trade_off(whole, point):
     mark_edges(left, point)
     log_odds_axis(left)
     left.set(title="Dice by ship count", ylim=(-.02, 1.02), xlim=(whole.logits[0], 10))
-    left.legend(fontsize=8, loc="lower center")
+    left.legend(fontsize=8)
     colours = plt.get_cmap("viridis")(np.linspace(0, .9, len(whole.min_areas)))
     for j, area in enumerate(whole.min_areas):
         right.plot(whole.false_alarm[:, j], whole.dice_with[:, j], color=colours[j], linewidth=1, label=f"{area}")

@@ -6,8 +6,10 @@ import os
 import resource
 import shutil
 import struct
+import time
 import tracemalloc
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -22,6 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 from skimage.measure import regionprops
 
+from shipnb import inference
 from shipnb.catalog import IMAGE_COLUMNS, OBJECT_COLUMNS, Catalog
 from shipnb.inference import (IMAGE_SUFFIXES, VIEWS, Prediction, Predictor, apply_view, blend_weights, check_output, coco_counts, cut_window,
                               draw_overlay, image_files, kept_ships, overlay_name, pixel_polygons, predict_folder, read_ahead, ring_area,
@@ -41,7 +44,7 @@ class Pointwise(torch.nn.Conv2d):
         super().__init__(3, 1, 1)
         with torch.no_grad():
             self.weight.copy_((torch.tensor(mix, dtype=torch.float32) * 255 * torch.tensor(STD)).view(1, 3, 1, 1))
-            self.bias.fill_(bias + sum(255 * m * k for m, k in zip(MEAN, mix)))
+            self.bias.fill_(bias + sum(255 * m * k for m, k in zip(MEAN, mix, strict=True)))
 
 
 class Blur(torch.nn.Conv2d):
@@ -95,6 +98,14 @@ def test_windows_cover_without_hanging_over(length, window, overlap):
     assert starts[0] == 0 and starts[-1] == max(0, length - window)
     steps = np.diff(starts)
     assert (steps >= 0).all() and (steps <= max(1, math.floor(window * (1 - overlap)))).all()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30), st.integers(1, 30))
+def test_windows_are_mirrored_outwards(height, width, h, w):
+    img = noise(height, width)
+    y, x = np.arange(h) % (2 * height), np.arange(w) % (2 * width)
+    y, x = np.minimum(y, 2 * height - 1 - y), np.minimum(x, 2 * width - 1 - x)
+    assert np.array_equal(cut_window(img, 0, 0, (h, w)), img[y][:, x])
 
 
 def stitched_by_brute_force(predictor, img):
@@ -209,7 +220,7 @@ def test_tta_is_the_mean_of_the_views(tta):
     if tta == "d4":
         seen += [o.swapaxes(0, 1) for o in seen]
         back += [lambda z, undo=undo: undo(z.T) for undo in back]
-    mean = np.mean([undo(plain.window_logits([np.ascontiguousarray(o)])[0]) for o, undo in zip(seen, back)], axis=0)
+    mean = np.mean([undo(plain.window_logits([np.ascontiguousarray(o)])[0]) for o, undo in zip(seen, back, strict=True)], axis=0)
     got = Predictor([Ramp()], (48, 48), (48, 48), 0.0, tta=tta).window_logits([img])[0]
     assert np.abs(got - plain.window_logits([img])[0]).max() > 0.5
     np.testing.assert_allclose(got, mean, atol=1e-4)
@@ -283,7 +294,7 @@ def inside(polygons, height, width):
     """Pixels whose centre is inside, by counting vertical sides to the left: even-odd rule, no library."""
     crossings = np.zeros((height, width + 1), int)
     for ring in (ring for polygon in polygons for ring in polygon):
-        for (x0, y0), (x1, y1) in zip(ring, ring[1:]):
+        for (x0, y0), (x1, y1) in pairwise(ring):
             assert (x0 == x1) != (y0 == y1)
             if x0 == x1: crossings[min(y0, y1):max(y0, y1), x0] += 1
     return np.cumsum(crossings, axis=1)[:, :width] % 2 == 1
@@ -299,11 +310,12 @@ def test_polygons_are_the_pixels(seed, height, width, share):
     assert len(polygons) == ndimage.label(mask)[1]           # 4-connected parts
     for polygon in polygons:
         assert [np.sign(ring_area(ring[:-1])) for ring in polygon] == [1] + [-1] * (len(polygon) - 1)
-        assert inside([[polygon[0]]], height, width)[inside([polygon], height, width)].all()
+        filled, outline = inside([polygon], height, width), inside([polygon[:1]], height, width)
+        assert ndimage.label(filled)[1] == 1 and all(outline[inside([[hole]], height, width)].all() for hole in polygon[1:])
         for ring in polygon:
             assert ring[0] == ring[-1] and len({tuple(o) for o in ring}) == len(ring) - 1      # closed and simple
             turns = np.diff(np.array([*ring, ring[1]]), axis=0)
-            assert all((a[0] == 0) != (b[0] == 0) for a, b in zip(turns, turns[1:]))           # no corner on a straight side
+            assert all((a[0] == 0) != (b[0] == 0) for a, b in pairwise(turns))           # no corner on a straight side
 
 
 def test_holes_belong_to_their_own_part():
@@ -424,11 +436,11 @@ def test_no_ship_anywhere(folder, tmp_path, format):
 # a sample submission
 
 def test_sample_submission_orders_and_completes(folder, tmp_path):
-    (tmp_path/"sample.csv").write_text("ImageId,EncodedPixels\n2.png,1 2\nmissing.png,1 2\n0.png,1 2\n2.png,5 1\n")
+    (tmp_path/"sample.csv").write_text("ImageId,EncodedPixels\n2.png,1 2\nmissing.png,1 2\n1.png,1 2\n2.png,5 1\n")
     result = run(folder, tmp_path/"out.csv", sample_submission=tmp_path/"sample.csv")
     rows = read_csv(tmp_path/"out.csv")
-    assert list(rows.ImageId.unique()) == ["2.png", "missing.png", "0.png"] and list(rows[rows.ImageId == "missing.png"].EncodedPixels) == [""]
-    assert (result.images, list(result.bad.image), list(result.bad.action)) == (3, ["missing.png"], ["empty row"])
+    assert list(rows.ImageId.unique()) == ["2.png", "missing.png", "1.png"] and list(rows[rows.ImageId == "missing.png"].EncodedPixels) == [""]
+    assert (result.images, result.ships, list(result.bad.image), list(result.bad.action)) == (3, 4, ["missing.png"], ["empty row"])
     with pytest.raises(ValueError, match="missing.png.*sample.csv lists it"): run(folder, tmp_path/"o.csv", sample_submission=tmp_path/"sample.csv", strict=True)
 
 
@@ -538,10 +550,17 @@ def test_overlay_names_are_safe_and_differ(one, two):
     assert one == two or overlay_name(one) != overlay_name(two)
 
 
-def test_files_are_read_in_order_and_not_too_far_ahead(folder):
-    paths = [folder/f"{k}.png" for k in (2, 0, 3, 1)]
-    got = list(read_ahead(paths, workers=2, pixels=1))
-    assert [path for path, _ in got] == paths and [img.shape for _, img in got] == [(64, 64, 3), (64, 64, 3), (30, 20, 3), (50, 90, 3)]
+@pytest.mark.parametrize("workers, pixels, most", [(2, 10**9, 3), (4, 1, 1), (4, 64 * 64 + 50 * 90, 2)])
+def test_files_are_read_in_order_and_not_too_far_ahead(folder, monkeypatch, workers, pixels, most):
+    started = []
+    monkeypatch.setattr(inference, "_image_or_error", lambda path, size: started.append(path) or size)
+    paths = [folder/f"{k}.png" for k in (2, 1, 0, 3, 1)]
+    waiting = []
+    for done, got in enumerate(read_ahead(paths, workers, pixels), 1):
+        time.sleep(0.02)
+        waiting.append(len(started) - done + 1)
+        assert got == (paths[done - 1], {0: (64, 64), 1: (50, 90), 2: (64, 64), 3: (30, 20)}[int(paths[done - 1].stem)])
+    assert max(waiting) == most
 
 
 @pytest.mark.parametrize("mode, suffix", [("L", "png"), ("RGBA", "png"), ("P", "png"), ("I;16", "png"), ("1", "tif"), ("RGB", "bmp"), ("RGB", "tiff"), ("CMYK", "jpg")])
@@ -740,11 +759,11 @@ def test_prediction_and_evidence_agree_bit_for_bit(evaluated, tmp_path, logit, m
     truths = [decode_labels(catalog.rles(i), (96, 96)) for i in range(6)]
     found = [decode_labels([o for o in rows[rows.ImageId == f"{i}.png"].EncodedPixels if o], (96, 96)) for i in range(6)]
     assert (promised.n_pred.tolist(), promised.pred_area.tolist()) == ([o.max() for o in found], [(o > 0).sum() for o in found])
-    assert promised.dice.tolist() == [dice(p, t) for p, t in zip(found, truths)]
-    assert promised.iou.tolist() == [iou(p, t) for p, t in zip(found, truths)]
-    assert promised.f2.tolist() == [object_f2(p, t) for p, t in zip(found, truths)]
+    assert promised.dice.tolist() == [dice(*pair) for pair in zip(found, truths, strict=True)]
+    assert promised.iou.tolist() == [iou(*pair) for pair in zip(found, truths, strict=True)]
+    assert promised.f2.tolist() == [object_f2(*pair) for pair in zip(found, truths, strict=True)]
     assert logit > 2 or max(o.max() for o in found) > 1
-    for i, img in enumerate(catalog.read_image(i) for i in range(6)):
+    for img in (catalog.read_image(i) for i in range(6)):
         z = image_logits(model, [img], (64, 64))[0]
         prediction = predictor.predict(img, logits=True)
         assert np.array_equal(prediction.logits, z) and np.array_equal(prediction.labels, keep(z, logit, min_area))

@@ -13,9 +13,9 @@ from scipy import ndimage
 from sklearn.metrics import precision_score, recall_score
 
 from shipnb import thresholds
-from shipnb.metrics import dice, f2_from_counts, iou, object_counts, object_f2, segmentation_scores
+from shipnb.metrics import dice, iou, object_counts, object_f2, segmentation_scores
 from shipnb.thresholds import (EDGES, SCORES, Evidence, ImageEvidence, OperatingPoint, alive, bin_levels, bootstrap_means, choose, collect_evidence, edge_index,
-                               image_evidence, image_scores, interval, keep, nearest_edge, pixel_curve, sigmoid, surface, surface_counts, true_labels)
+                               image_evidence, image_scores, interval, keep, nearest_edge, pixel_curve, surface, surface_counts, true_labels)
 
 FLOOR = edge_index(-8)
 

@@ -1,0 +1,115 @@
+"""Notebooks in the real JupyterLab: a browser opens them, Run All runs them to the end without an edit."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from shipnb import fleet
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+SECONDS = 240   # for anything that is waited for; a quiet machine needs less than 30
+READY = """() => {
+    const session = window.jupyterapp?.shell?.currentWidget?.sessionContext;
+    return Boolean(session?.isReady) && session.session?.kernel?.status === 'idle';
+}"""
+RUN_ALL = """() => {
+    const settle = how => { window.shipnbRunAll = how; };
+    jupyterapp.commands.execute('notebook:run-all-cells').then(() => settle('ended'), error => settle(String(error)));
+}"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the notebooks with the sample beside them: what a run writes stays out of the repository."""
+    folder, here = tmp_path_factory.mktemp("lab")/"shipnb", Path.cwd()
+    shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
+    shutil.copy(ROOT/"settings.ini", folder)
+    (folder/"data").mkdir()
+    os.chdir(ROOT)
+    try: (folder/"data"/"sample").symlink_to(fleet.sample())
+    finally: os.chdir(here)
+    return folder
+
+
+def own_environment(folder):
+    """This process's environment with Jupyter's folders elsewhere, so that no setting of this account counts."""
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    plain = {k: v for k, v in os.environ.items() if k != "MPLBACKEND" and not k.startswith("PYTEST_")}
+    return {**plain, **{name: str(folder/name.lower()) for name in names}}
+
+
+def wait_for(url, process, log):
+    """Wait until a server answers, or say what it wrote."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5): return
+        except (urllib.error.URLError, OSError): time.sleep(0.2)
+    pytest.fail(f"JupyterLab does not answer at {url}:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def lab(checkout):
+    """The address of a JupyterLab on the copy."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--expose-app-in-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={checkout}"]
+    log = checkout.parent/"lab.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=checkout, env=own_environment(checkout.parent), stdout=out, stderr=out)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api", process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()   # the server ends its kernels
+        try: process.wait(30)
+        except subprocess.TimeoutExpired: process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+def run_all(page, address):
+    """Open a notebook, choose Run All, and return it as JSON when the kernel is idle again."""
+    page.goto(address)
+    page.wait_for_function(READY)
+    page.evaluate(RUN_ALL)   # before the kernel is ready, Run All does nothing, silently
+    page.wait_for_function("() => window.shipnbRunAll")
+    page.wait_for_function(READY)
+    return page.evaluate("() => jupyterapp.shell.currentWidget.model.toJSON()")
+
+
+@pytest.mark.parametrize("name", ["00_masks", "07_sampler"])
+def test_run_all_works_without_an_edit(name, lab, browser, checkout, tmp_path):
+    page = browser.new_page(viewport=dict(width=1300, height=1000))
+    page.set_default_timeout(1000 * SECONDS)
+    try:
+        nb = run_all(page, f"{lab}/lab/tree/nbs/{name}.ipynb?reset")
+        page.screenshot(path=tmp_path/f"{name}.png")
+    finally: page.close()
+    code = [o for o in nb["cells"] if o["cell_type"] == "code" and "".join(o["source"]).strip()]
+    errors = [f"{output['ename']}: {output['evalue']}" for o in code for output in o["outputs"] if output["output_type"] == "error"]
+    assert not errors
+    assert [o["execution_count"] for o in code] == list(range(1, len(code) + 1))
+    # each cell ran here, once, in order, and none was changed for it
+    assert nb["metadata"]["kernelspec"]["name"] == "python3" and any(o["outputs"] for o in code)
+    if name == "07_sampler": assert (checkout/"runs"/"default"/name/"results.json").is_file()

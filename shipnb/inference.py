@@ -503,7 +503,7 @@ def _loops(walk):
         path.append((corner, heading))
     return [*loops, path]
 
-
+# %% ../nbs/31_inference.ipynb #b17e2c6e
 def _turns(loop):
     """The corners of a loop where the direction changes."""
     return [corner for (corner, heading), (_, before) in zip(loop, [loop[-1], *loop[:-1]], strict=True) if heading != before]

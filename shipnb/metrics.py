@@ -307,6 +307,8 @@ class SegmentationMeter:
         """Forget all images."""
         self.counts, self.has_ship = np.zeros((0, 3), np.int64), np.zeros(0, bool)
 
+# %% ../nbs/12_metrics.ipynb #f3eac0a0
+class SegmentationMeter(SegmentationMeter):
     def update(self, p, y, has_ship=None):
         """Add a batch.
 

@@ -339,6 +339,8 @@ class Evidence:
         grid = "own sizes" if self.grid is None else "{} x {}".format(*self.grid)
         return f"Evidence({len(self)} images, {int((self.counts > 0).sum())} with ships, grid {grid}, floor {self.floor})"
 
+# %% ../nbs/30_thresholds.ipynb #4302737d
+class Evidence(Evidence):
     @property
     def counts(self):
         """Number of true objects of each image, int64 (images,)."""
@@ -359,6 +361,8 @@ class Evidence:
         rows = [(o.image, o.group, o.height, o.width, len(o.object_areas), int(o.object_areas.sum()), len(o.level)) for o in self.records]
         return pd.DataFrame(rows, columns=["image", "group", "height", "width", "count", "ship_pixels", "nodes"])
 
+# %% ../nbs/30_thresholds.ipynb #206bb004
+class Evidence(Evidence):
     def add(self, image, logits, labels, group=None):
         """Add one image; parameters and errors as `image_evidence`, and ValueError for an image already here or off the grid."""
         self._append(image_evidence(image, logits, labels, group, self.floor))
@@ -380,6 +384,8 @@ class Evidence:
         """An Evidence of the same pass with other records."""
         return Evidence(self.grid, self.floor, self.data, self.model, records)
 
+# %% ../nbs/30_thresholds.ipynb #c186c85f
+class Evidence(Evidence):
     def save(self, path):
         """Write to one `.npz` file, whole or not at all: integers, a JSON header and their sha256; no pickles."""
         write_evidence(path, self)
@@ -750,6 +756,8 @@ class OperatingPoint:
             raise ValueError(f"min_area is a whole number of pixels, at least 0, not {self.min_area}")
         for key in ("grid", "interval", "plateau"): object.__setattr__(self, key, getattr(self, key) and tuple(getattr(self, key)))
 
+# %% ../nbs/30_thresholds.ipynb #2b347313
+class OperatingPoint(OperatingPoint):
     @classmethod
     def at(cls, threshold, min_area=0, grid=None):
         """Return the point at the edge nearest to a probability."""
@@ -764,6 +772,8 @@ class OperatingPoint:
         """Return the label image of the objects kept in float32 `logits` (height, width) (see `keep`)."""
         return keep(logits, self.logit, self.min_area)
 
+# %% ../nbs/30_thresholds.ipynb #f667010e
+class OperatingPoint(OperatingPoint):
     def to_dict(self):
         """Return plain values for JSON, with `threshold`; what is not a number becomes None."""
         return {k: _plain(v) for k, v in (dataclasses.asdict(self) | dict(threshold=self.threshold)).items()}

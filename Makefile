@@ -1,6 +1,8 @@
 # Two commands do everything on a bare machine: `make demo` and `make test`. Each installs what it needs into .venv first.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3.11 || command -v python3)
+# the first interpreter that runs, is 3.11 to 3.13, and can make an environment (a name on the PATH may be a shim that does not)
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
+  $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,8 +14,7 @@ export MPLBACKEND = agg
 install: $(STAMP)
 
 $(STAMP): settings.ini setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "shipnb needs Python 3.11, 3.12 or 3.13; found: $$($(PYTHON) --version 2>&1). Say which with: make PYTHON=/path/to/python3.12"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "shipnb needs Python 3.11, 3.12 or 3.13 with venv; none was found. Say which with: make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -e '.[dev]' -c constraints.txt

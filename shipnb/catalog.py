@@ -6,7 +6,8 @@
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'IMAGE_COLUMNS', 'OBJECT_COLUMNS', 'PROBLEM_COLUMNS', 'image_size', 'read_image', 'Catalog',
            'read_airbus']
 
-# %% ../nbs/01_catalog.ipynb #dc65d0b7
+# %% ../nbs/01_catalog.ipynb #3c483028
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from .masks import is_empty_rle, rle_area, rle_box, rle_union
 # %% ../nbs/01_catalog.ipynb #f23d7e32
 MIN_SIDE = 16            # pixels: nothing smaller can hold a ship and its surroundings
 MAX_PIXELS = 200_000_000 # height x width: a larger raster is for sliding-window prediction, not for training
+_HEADER_LOCK = threading.Lock()
 
 # %% ../nbs/01_catalog.ipynb #cd53cac9
 def image_size(path):
@@ -36,11 +38,12 @@ def image_size(path):
         When it is not an image that can be opened.
     """
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None   # only the header is read, so size is no danger here
-    try:
-        with Image.open(path) as img: return img.size[1], img.size[0]
-    except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"{path}: not an image that can be opened ({type(error).__name__})") from error
-    finally: Image.MAX_IMAGE_PIXELS = limit
+    with _HEADER_LOCK:   # Pillow's limit is global: one thread at a time may lift it
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None   # only the header is read, so size is no danger here
+        try:
+            with Image.open(path) as img: return img.size[1], img.size[0]
+        except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"{path}: not an image that can be opened ({type(error).__name__})") from error
+        finally: Image.MAX_IMAGE_PIXELS = limit
 
 # %% ../nbs/01_catalog.ipynb #59f41e0d
 def read_image(path):
@@ -65,7 +68,7 @@ def _strict_decode(path):
     """Decode every pixel with Pillow; ValueError when the file ends early or is damaged."""
     try:
         with Image.open(path) as img: img.load()
-    except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"{path}: damaged image file ({error})") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error: raise ValueError(f"{path}: damaged image file ({error})") from error
 
 # %% ../nbs/01_catalog.ipynb #b88c90ee
 IMAGE_COLUMNS = ["image", "height", "width", "count", "bytes", "group", "split"]

@@ -155,20 +155,19 @@ def test_both_steps_train_the_same_network(catalog, cache):
     assert losses["plain"][1] < losses["plain"][0] and losses["fast"][1] < losses["fast"][0]
 
 
-def test_the_fast_step_is_the_learner_s(catalog, cache):
-    """What the benchmark times is what training does: one epoch of one batch leaves the same weights."""
-    items = dataset.SegmentationDataset(catalog, (32, 32), cache)
-    states = []
+def test_the_fast_step_is_what_training_does(catalog, cache):
+    """One step of the benchmark and an epoch of one batch leave the same weights, to the last bit."""
+    items, states = dataset.SegmentationDataset(catalog, (32, 32), cache), []
+    sampler = lambda: training.ShipStratifiedSampler(catalog.counts, 4, seed=0)
     for way in ("benchmark", "epoch"):
         torch.manual_seed(0)
         model = models.build_unet("resnet18")
-        if way == "benchmark": plain["fast_training"](model, "cpu")(items.__getitems__([0, 1, 2, 3]))
+        if way == "benchmark": plain["fast_training"](model, "cpu")(items.__getitems__(list(next(iter(sampler())))))
         else:
             learner = training.Learner(model, tasks.segmentation_task("bce"), training.make_optimiser("adam", model, 1e-4), precision="bf16-mixed", device="cpu")
-            list(learner.epochs(1, dataset.make_loader(items, training.ShipStratifiedSampler(catalog.counts, 4, seed=0))))
+            assert len(list(learner.epochs(1, dataset.make_loader(items, sampler())))) == 1
         states.append(model.state_dict())
-    difference = max(float((states[0][o].float() - states[1][o].float()).abs().max()) for o in states[0] if "running" not in o)
-    assert difference < 5e-4   # the sampler orders the batch in its own way, so sums are rounded differently
+    assert all(torch.equal(states[0][o], states[1][o]) for o in states[0])
 
 
 def test_calls_alternate_and_ratios_are_taken_pair_by_pair():

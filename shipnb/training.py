@@ -28,9 +28,8 @@ import shipnb
 from .augment import preset
 from .catalog import read_airbus
 from .dataset import DecodedCache, SegmentationDataset, make_loader
-from .files import atomic_path, atomic_write, build_once, keep_freed_memory, resolve, sha256_text, write_json
+from .files import atomic_path, atomic_write, build_once, keep_freed_memory, resolve, sha256_text
 from .fleet import sample
-from .metrics import empty_baseline
 from .models import build_unet, save_model
 from .sampler import ShipStratifiedSampler
 from .splits import folds as make_folds

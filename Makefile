@@ -47,4 +47,4 @@ gpu: $(STAMP)  ## the cells that need a GPU, the slow ones, and the benchmarks
 	$(BIN)/shipnb run benchmarks --out runs/gpu/benchmarks --force
 
 clean:  ## remove what can be made again: the sample, caches, default runs; named runs and the environment stay
-	rm -rf data/sample runs/cache runs/default runs/quick .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf data/sample runs/cache runs/default runs/figures runs/quick .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shipnb.tasks import Task
-from shipnb.training import Learner, Recipe, StopRequest, make_optimiser, make_schedule
+from shipnb.training import Learner, Recipe, StopRequest, make_learner, make_optimiser, make_schedule
 
 
 class Points(torch.utils.data.Dataset):
@@ -58,15 +58,18 @@ def net(seed=0):
     return nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
 
 
-def learner(folder=None, opt="adam", sched="onecycle", accumulate=1, epochs=4, key="k", clip=None):
+def learner(folder=None, opt="adam", sched="onecycle", accumulate=1, epochs=4, key="k", clip=None, ema=0.0):
     model = net()
     optimiser = make_optimiser(opt, model, 0.05)
     steps = epochs * -(-3 // accumulate)
     return Learner(model, TASK, optimiser, make_schedule(sched, optimiser, steps, warmup=2), folder, accumulate=accumulate, device="cpu", key=key,
-                   monitor="score", clip=clip, progress=False)
+                   monitor="score", clip=clip, progress=False, ema=ema)
 
 
 def weights(one): return torch.cat([p.detach().flatten() for p in one.model.parameters()])
+
+
+def kept(one): return torch.cat([p.detach().flatten() for p in one.trained.parameters()])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
@@ -99,21 +102,48 @@ class StopAt:
         return loss(model, batch)
 
 
+def test_the_moving_average_is_the_recurrence_and_is_what_is_evaluated(tmp_path):
+    one, expected, decay = learner(ema=0.6, folder=tmp_path), None, 0.6
+    update = one._update
+
+    def watched():
+        nonlocal expected
+        update()
+        n, now = int(one.ema.n_averaged) - 1, weights(one)
+        share = 1 - min(decay, (1 + n) / (10 + n))
+        expected = now if expected is None else expected + share * (now - expected)
+
+    one._update = watched
+    rows = list(one.epochs(3, loader(), loader()))
+    assert torch.allclose(kept(one), expected, atol=1e-6) and not torch.allclose(kept(one), weights(one), atol=1e-4)
+    other = net()
+    torch.nn.utils.vector_to_parameters(expected, other.parameters())
+    batch = next(iter(loader()))
+    one.averaged.eval(), other.eval()
+    assert torch.allclose(one.averaged(batch["x"]), other(batch["x"]), atol=1e-6)
+    metric = Mean()
+    data.dataset.set_epoch(2)
+    with torch.no_grad():
+        for batch in loader(): metric.update(other(batch["x"]), batch)
+    assert rows[-1]["score"] == pytest.approx(metric.compute()["score"], rel=1e-4)
+
+
 @pytest.mark.parametrize("sched", ["onecycle", "plateau", "cosine"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_stopped_at_any_step_it_goes_on_bit_equal(tmp_path, sched, accumulate):
-    whole = learner(sched=sched, accumulate=accumulate)
+@pytest.mark.parametrize("accumulate, ema", [(1, 0.0), (2, 0.0), (1, 0.7)])
+def test_stopped_at_any_step_it_goes_on_bit_equal(tmp_path, sched, accumulate, ema):
+    whole = learner(sched=sched, accumulate=accumulate, ema=ema)
     for _ in whole.epochs(4, loader(), loader()): pass
     for at in range(1, 13):
         folder = tmp_path/str(at)
-        first = learner(folder, sched=sched, accumulate=accumulate)
+        first = learner(folder, sched=sched, accumulate=accumulate, ema=ema)
         object.__setattr__(first, "task", Task(StopAt(at).loss, TASK.predict, TASK.metric))
         with pytest.raises(KeyboardInterrupt, match="Run the same again"):
             for _ in first.epochs(4, loader(), loader()): pass
-        again = learner(folder, sched=sched, accumulate=accumulate)
+        again = learner(folder, sched=sched, accumulate=accumulate, ema=ema)
         assert again.resume()
         for _ in again.epochs(4, loader(), loader()): again.save()
         assert torch.equal(weights(whole), weights(again)), f"stopped at step {at}"
+        assert torch.equal(kept(whole), kept(again)), f"stopped at step {at}"
         drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
         assert drop(whole.history) == drop(again.history)
 
@@ -189,6 +219,18 @@ def test_the_second_signal_ends_at_once():
             assert stop.signal == signal.SIGINT
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_goes_on_from_a_model_folder(tmp_path):
+    from shipnb.models import build_unet, save_model
+    torch.manual_seed(1)
+    model = build_unet()
+    save_model(tmp_path, model, dict(architecture="unet", encoder="resnet18", classes=1, in_channels=3, size=[256, 256], window=[768, 768]))
+    started = make_learner(Recipe(init=str(tmp_path), seed=5), 1).model.module
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), started.state_dict().values()))
+    key = Recipe(init=str(tmp_path)).key("a")
+    save_model(tmp_path, build_unet(), dict(architecture="unet", encoder="resnet18", classes=1, in_channels=3, size=[256, 256], window=[768, 768]))
+    assert Recipe(init=str(tmp_path)).key("a") != key, "other weights are another configuration"
 
 
 def test_a_recipe_is_its_key():

@@ -6,6 +6,7 @@
 __all__ = ['build_unet', 'save_model', 'load_card', 'load_model']
 
 # %% ../nbs/10_models.ipynb #44f9f06f
+import math
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from .files import atomic_path, read_json, write_json
 
 # %% ../nbs/10_models.ipynb #146f93dc
-def build_unet(encoder="resnet18", encoder_weights="none", in_channels=3, classes=1):
+def build_unet(encoder="resnet18", encoder_weights="none", in_channels=3, classes=1, prior=0.5):
     """Return a U-Net that maps images (N, in_channels, H, W) to logits (N, classes, H, W); H and W are multiples of 32.
 
     Parameters
@@ -24,6 +25,7 @@ def build_unet(encoder="resnet18", encoder_weights="none", in_channels=3, classe
     encoder : str, any encoder of segmentation_models_pytorch, e.g. "resnet18", "resnet34", "efficientnet-b0", "tu-..." for timm.
     encoder_weights : "none" (random), a published set such as "imagenet" (downloaded), or the path of a file of encoder weights (.safetensors, .pt).
     in_channels, classes : int.
+    prior : float in (0, 1), the probability that the untrained model gives to every pixel, about; set by the bias of the last layer (Lin et al. 2017, section 4.1).
 
     Raises
     ------
@@ -38,6 +40,8 @@ def build_unet(encoder="resnet18", encoder_weights="none", in_channels=3, classe
         raise ValueError(f"the weights '{encoder_weights}' of {encoder} could not be downloaded ({type(error).__name__}); "
                          "use encoder_weights='none', or the path of a file of encoder weights") from error
     if _is_file(encoder_weights): _load_encoder(model.encoder, encoder_weights)
+    if not 0 < prior < 1: raise ValueError(f"prior must lie between 0 and 1, not {prior}")
+    if prior != 0.5: torch.nn.init.constant_(model.segmentation_head[0].bias, math.log(prior / (1 - prior)))
     return model
 
 

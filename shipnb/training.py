@@ -308,7 +308,7 @@ class Recipe:
     size: int = 256                     # pixels, side of the network's input
     encoder: str = "resnet18"
     encoder_weights: str = "none"       # "none", "imagenet" or a file
-    loss: dict = field(default_factory=lambda: {"bce": 1.0, "dice": 1.0})
+    loss: dict = field(default_factory=lambda: {"bce": 1.0, "dice_with": 1.0})
     optimiser: str = "adam"
     lr: float = 3e-3                    # highest learning rate
     weight_decay: float = 0.0
@@ -327,11 +327,14 @@ class Recipe:
     seed: int = 0
     ema: float = 0.0                    # decay of the moving average of the weights; 0 is none
     init: str = ""                      # model folder whose weights it starts from; "" starts from scratch
+    prior: float = 0.01                 # probability of a ship that an untrained model gives to every pixel
 
     def key(self, fingerprint):
-        """Hash of the recipe, the weights it starts from, and the data it is for."""
+        """Hash of the recipe, the weights it starts from, and the data it is for. What is left at its default is not part of it, so that a new field changes no key."""
+        usual = asdict(type(self)())
+        given = {name: value for name, value in asdict(self).items() if value != usual[name]}
         start = sha256_file(resolve(self.init)/"model.safetensors") if self.init else ""
-        return sha256_text(json.dumps([asdict(self) | {"init": start}, fingerprint], sort_keys=True))[:16]
+        return sha256_text(json.dumps([given | {"init": start}, fingerprint], sort_keys=True))[:16]
 
 # %% ../nbs/20_training.ipynb #5c231adf
 def split_by(catalog, valid=0.2, fold=-1, folds=5, seed=0):
@@ -361,7 +364,7 @@ def make_learner(recipe, steps_per_epoch, folder=None, key="", device="auto"):
     """Return a Learner for a recipe; `steps_per_epoch` counts batches."""
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    model = load_model(resolve(recipe.init))[0].train() if recipe.init else build_unet(recipe.encoder, recipe.encoder_weights)
+    model = load_model(resolve(recipe.init))[0].train() if recipe.init else build_unet(recipe.encoder, recipe.encoder_weights, prior=recipe.prior)
     opt = make_optimiser(recipe.optimiser, model, recipe.lr, recipe.weight_decay)
     sched = make_schedule(recipe.schedule, opt, recipe.epochs * -(-steps_per_epoch // recipe.accumulate))
     return Learner(model, segmentation_task(recipe.loss), opt, sched, folder, recipe.precision, recipe.accumulate, recipe.clip or None, device, key, ema=recipe.ema)

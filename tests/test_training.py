@@ -3,12 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from shipnb.runs import read_parameters
 from shipnb.tasks import Task
 from shipnb.training import Learner, Recipe, StopRequest, make_learner, make_optimiser, make_schedule
 
@@ -230,6 +232,22 @@ def test_training_goes_on_from_a_model_folder(tmp_path):
     key = Recipe(init=str(tmp_path)).key("a")
     save_model(tmp_path, build_unet(), dict(architecture="unet", encoder="resnet18", classes=1, in_channels=3, size=[256, 256], window=[768, 768]))
     assert Recipe(init=str(tmp_path)).key("a") != key, "other weights are another configuration"
+
+
+def test_the_notebook_s_defaults_are_the_recipe_s():
+    """What a parameter file leaves out must mean the same to `shipnb run training` and to a study that reads it as a Recipe."""
+    found = {name: o.default for name, o in read_parameters(Path(__file__).parents[1]/"nbs"/"20_training.ipynb").items()}
+    found["preset"] = found.pop("preset_name")
+    short = ("epochs", "crop")   # the default run takes a minute
+    assert {k: found[k] for k in asdict(Recipe()) if k not in short} == {k: v for k, v in asdict(Recipe()).items() if k not in short}
+
+
+def test_what_is_left_at_its_default_is_no_part_of_the_key():
+    @dataclass(frozen=True)
+    class Later(Recipe):
+        later: int = 7
+    # a field that a later version adds must not make the checkpoints of this one foreign
+    assert Recipe(lr=1e-3).key("a") == Later(lr=1e-3).key("a")
 
 
 def test_a_recipe_is_its_key():

@@ -43,7 +43,7 @@ def image_size(path):
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None   # only the header is read, so size is no danger here
         try:
             with Image.open(path) as img: return img.size[1], img.size[0]
-        except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"{path}: not an image that can be opened ({type(error).__name__})") from error
+        except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"{path}: not an image that can be opened ({Path(path).stat().st_size} bytes)") from error
         finally: Image.MAX_IMAGE_PIXELS = limit
 
 # %% ../nbs/01_catalog.ipynb #59f41e0d

@@ -69,7 +69,8 @@ def _write_error(error, path, temp):
         if error.errno and error.filename in (None, temp): error.filename = str(path)
         return error
     disk = os.statvfs(path.parent)      # torch and safetensors have errors of their own
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if disk.f_bavail * disk.f_frsize < 2**16 else error
+    full = disk.f_bavail * disk.f_frsize < 2**16 or f"os error {errno.ENOSPC}" in str(error)
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if full else error
 
 # %% ../nbs/00a_files.ipynb #8c22c2d2
 def _umask():
@@ -153,6 +154,9 @@ def build_once(folder, key, make, resume=False, replace=True):
             (temp/".built").write_text(key, encoding="utf-8")
             if folder.exists(): shutil.rmtree(folder)
             os.replace(temp, folder)
+        except OSError as error:
+            if error.errno and error.filename is None: error.filename = str(folder)   # a full disk does not say where
+            raise
         finally:
             if not resume: shutil.rmtree(temp, ignore_errors=True)
     return folder

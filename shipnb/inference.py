@@ -275,13 +275,18 @@ def kept_ships(mask, values, min_area):
     scores : float64 (n,), mean probability of each.
     """
     labels, count = label_instances(mask)
-    ship = mask > 0
-    inside = labels[ship]
-    areas = np.bincount(inside, minlength=count + 1)[1:]
-    keep = areas >= min_area
+    areas, sums, done = np.zeros(count + 1, np.int64), np.zeros(count + 1), 0
+    parts = np.array_split(np.arange(len(mask)), 1 + mask.size // 2**24)   # rows; a large image would be copied several times
+    for rows in (slice(o[0], o[-1] + 1) for o in parts):
+        inside = labels[rows][mask[rows] > 0]
+        areas += np.bincount(inside, minlength=count + 1)
+        sums += np.bincount(inside, sigmoid(values[done:done + len(inside)]), count + 1)
+        done += len(inside)
+    keep = areas[1:] >= min_area
     number = np.append(0, np.where(keep, np.cumsum(keep), 0)).astype(np.int32)
-    labels[ship] = number[inside]
-    return labels, (np.bincount(inside, sigmoid(values), count + 1)[1:] / areas)[keep]
+    if not keep.all():
+        for rows in parts: labels[rows[0]:rows[-1] + 1] = number[labels[rows[0]:rows[-1] + 1]]
+    return labels, (sums[1:] / areas[1:])[keep]
 
 # %% ../nbs/31_inference.ipynb #d56f7e9d
 class Predictor(Predictor):

@@ -601,8 +601,9 @@ def _read_record(folder):
     """The run.json of a folder, or None; a folder with files that no run wrote is refused."""
     folder = Path(folder)
     if (folder/"run.json").is_file():
-        record = read_json(folder/"run.json")
-        if _is_record(record): return record
+        with contextlib.suppress(ValueError):
+            record = read_json(folder/"run.json")
+            if _is_record(record): return record
         raise ValueError(f"{folder/'run.json'} is no record of a run; move the folder away or give another --out")
     strangers = ", ".join(sorted(o.name for o in folder.iterdir() if not o.name.startswith("."))[:3])
     if strangers: raise ValueError(f"{folder} holds files that no run wrote ({strangers}); give a new folder")

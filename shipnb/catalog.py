@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'IMAGE_COLUMNS', 'OBJECT_COLUMNS', 'PROBLEM_COLUMNS', 'image_size', 'read_image', 'Catalog',
-           'read_airbus']
+           'read_airbus', 'check_airbus']
 
 # %% ../nbs/01_catalog.ipynb #3c483028
+import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ def image_size(path):
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None   # only the header is read, so size is no danger here
         try:
             with Image.open(path) as img: return img.size[1], img.size[0]
-        except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"{path}: not an image that can be opened ({type(error).__name__})") from error
+        except (OSError, ValueError, SyntaxError) as error: raise ValueError(f"{path}: not an image that can be opened ({Path(path).stat().st_size} bytes)") from error
         finally: Image.MAX_IMAGE_PIXELS = limit
 
 # %% ../nbs/01_catalog.ipynb #59f41e0d
@@ -139,6 +140,12 @@ class Catalog(Catalog):
         images = self.images.iloc[np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)]
         return type(self)(images, self.objects[self.objects["image"].isin(set(images["image"]))], self.root)
 
+    @property
+    def bad(self):
+        """{image: problem} of the quarantined images."""
+        rows = self.problems[self.problems["action"] == "quarantined"]
+        return dict(zip(rows["image"], rows["problem"]))
+
     def fingerprint(self):
         """SHA-256 of names, sizes, groups and codes: equal exactly when two Catalogs hold the same labelled images."""
         images = self.images[["image", "height", "width", "bytes", "group"]].to_csv(index=False)
@@ -209,10 +216,12 @@ def _read_table(path, columns):
     """A CSV as text columns; ValueError names the file when it is unreadable or lacks a column."""
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; it must be a CSV with the columns {', '.join(columns)}")
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError, EOFError, pd.errors.ParserError) as error: raise ValueError(f"{path}: not a readable CSV ({error})") from error
+    except (ValueError, OSError, EOFError, pd.errors.ParserError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable CSV ({why}); it must be text with the columns {', '.join(columns)}") from error
     missing = [o for o in columns if o not in table]
-    if not missing and not len(table): raise ValueError(f"{path}: has no rows")
-    if missing: raise ValueError(f"{path}: lacks the column {', '.join(missing)}; it has {', '.join(map(str, table.columns[:8]))}")
+    if not missing and not len(table): raise ValueError(f"{path}: has no rows; it needs one for each image")
+    if missing: raise ValueError(f"{path}: lacks the column {', '.join(missing)}; it has {', '.join(str(o)[:40] for o in table.columns[:8])}")
     return table
 
 # %% ../nbs/01_catalog.ipynb #0ade9880
@@ -289,13 +298,9 @@ def read_airbus(root, labels=None, images=None, shape=(768, 768)):
     FileNotFoundError, ValueError
         When the folder, the CSV or its columns are missing, or no usable image is left.
     """
-    root = Path(root)
-    if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder; it should hold train_ship_segmentations_v2.csv and train_v2/")
-    labels = Path(labels) if labels else root/"train_ship_segmentations_v2.csv"
-    folder = None if images is False else Path(images) if images else root/"train_v2"
-    if folder is not None and not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder of images")
+    root, labels, folder, table = _open_airbus(root, labels, images)
     found = []
-    table = _clean_rows(_read_table(labels, ["ImageId", "EncodedPixels"]), found)
+    table = _clean_rows(table, found)
     names = sorted(table["ImageId"].unique())
     files = _read_files(folder, names, shape)
     found += [(name, why, "quarantined") for name, (*_, why) in zip(names, files) if why]
@@ -305,6 +310,22 @@ def read_airbus(root, labels=None, images=None, shape=(768, 768)):
     return _assemble(names, files, objects, _read_groups(root, labels), folder, found)
 
 # %% ../nbs/01_catalog.ipynb #476e60ba
+def _open_airbus(root, labels=None, images=None):
+    """Root, label file, image folder (None for labels only) and label table of a data set; errors as `read_airbus`."""
+    root = Path(root)
+    if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder; it should hold train_ship_segmentations_v2.csv and train_v2/")
+    labels = Path(labels) if labels else root/"train_ship_segmentations_v2.csv"
+    folder = None if images is False else Path(images) if images else root/"train_v2"
+    if folder is not None and not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder; the images should be there")
+    return root, labels, folder, _read_table(labels, ["ImageId", "EncodedPixels"])
+
+
+def check_airbus(root):
+    """Raise at once what `read_airbus` would raise for the folder, its CSV and its columns, or when it holds no image of the CSV; no image is opened."""
+    _, labels, folder, table = _open_airbus(root)
+    if set(table["ImageId"]).isdisjoint(os.listdir(folder)): raise ValueError(f"{folder}: holds no image that {labels.name} names; put the images there")
+
+
 def _read_files(folder, names, shape):
     """`_file_problem` of every name; the assumed shape when there is no folder."""
     if folder is None: return [(*shape, -1, None)] * len(names)

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -49,15 +50,27 @@ def atomic_path(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    try: handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error: raise type(error)(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     try:
         yield Path(name)
         with open(name, "rb+") as f: os.fsync(f.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
+    except Exception as error: raise _write_error(error, path, name) from None
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _write_error(error, path, temp):
+    """What a failed write of `path` raises: an OSError names `path` itself, and a full disk is one whatever the writer called it."""
+    if isinstance(error, OSError):
+        if error.errno and error.filename in (None, temp): error.filename = str(path)
+        return error
+    disk = os.statvfs(path.parent)      # torch and safetensors have errors of their own
+    full = disk.f_bavail * disk.f_frsize < 2**16 or f"os error {errno.ENOSPC}" in str(error)
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if full else error
 
 # %% ../nbs/00a_files.ipynb #8c22c2d2
 def _umask():
@@ -73,14 +86,20 @@ def atomic_write(path, data):
 
 # %% ../nbs/00a_files.ipynb #6c661018
 def write_json(path, value):
-    """Write `value` as indented JSON, atomically; NaN is refused (`ValueError`) because JSON has none."""
-    atomic_write(path, json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n")
+    """Write `value` as indented JSON, atomically. NaN, a score that does not exist, becomes null; infinity is refused (`ValueError`), for JSON has neither."""
+    atomic_write(path, json.dumps(_plain(value), indent=1, allow_nan=False, default=_refuse) + "\n")
 
 
 def _plain(value):
-    """NumPy scalars and arrays, and paths, as plain JSON values."""
-    if hasattr(value, "tolist"): return value.tolist()
+    """NumPy scalars and arrays, and paths, as plain JSON values; NaN as None."""
+    if hasattr(value, "tolist"): value = value.tolist()
+    if isinstance(value, dict): return {key: _plain(o) for key, o in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(o) for o in value]
     if isinstance(value, Path): return value.as_posix()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _refuse(value):
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
@@ -106,42 +125,64 @@ def file_lock(path, wait=True):
         yield
 
 # %% ../nbs/00a_files.ipynb #07cecf1c
-def build_once(folder, key, make):
+def build_once(folder, key, make, resume=False, replace=True):
     """Return `folder`, made by `make(temp_folder)` unless it already holds the result for `key`.
 
     Parameters
     ----------
     folder : path. Only a folder that `build_once` made itself is ever replaced.
     key : str, everything the result depends on.
-    make : callable that fills the empty folder it is given.
+    make : callable that fills the folder it is given: an empty one, or with `resume` what its last attempt for this key left.
+    resume : bool, keep what an attempt that failed or was interrupted has left; `make` goes on from it.
+    replace : bool, replace the result for another key; otherwise it is refused.
 
     Raises
     ------
     FileExistsError
-        When `folder` exists and was not made by `build_once`.
+        When `folder` exists and was not made by `build_once`, or holds the result for another key and may not be replaced.
     """
     folder = Path(folder)
+    if _built_key(folder) == key: return folder     # nothing is written, so a read-only disk will do
     folder.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(folder.parent/f".{folder.name}.lock"):
         if _built_key(folder) == key: return folder
-        if folder.exists() and _built_key(folder) is None and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} already holds files that were not made here; move it away or choose another folder")
-        temp = folder.parent/f".{folder.name}.building"
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir()
+        _check_place(folder, replace)
+        temp = _begin(folder.parent/f".{folder.name}.building", key, resume)
         try:
             make(temp)
+            (temp/".unfinished").unlink(missing_ok=True)
             (temp/".built").write_text(key, encoding="utf-8")
             if folder.exists(): shutil.rmtree(folder)
             os.replace(temp, folder)
-        finally: shutil.rmtree(temp, ignore_errors=True)
+        except OSError as error:
+            if error.errno and error.filename is None: error.filename = str(folder)   # a full disk does not say where
+            raise
+        finally:
+            if not resume: shutil.rmtree(temp, ignore_errors=True)
     return folder
 
 
-def _built_key(folder):
+def _built_key(folder, mark=".built"):
     """The key a folder was built for, or None when `build_once` did not make it."""
-    mark = Path(folder)/".built"
+    mark = Path(folder)/mark
     return mark.read_text(encoding="utf-8") if mark.is_file() else None
+
+
+def _check_place(folder, replace):
+    """FileExistsError when `folder` holds what must not be replaced."""
+    built = _built_key(folder)
+    if built is not None and not replace: raise FileExistsError(f"{folder} already holds {built}; remove it or choose another folder")
+    if built is None and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} already holds files that were not made here; move it away or choose another folder")
+
+
+def _begin(temp, key, resume):
+    """The folder to build in: with `resume` what was begun for the same key, else a new one."""
+    if resume and _built_key(temp, ".unfinished") == key: return temp
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir()
+    if resume: (temp/".unfinished").write_text(key, encoding="utf-8")
+    return temp
 
 # %% ../nbs/00a_files.ipynb #87b9435d
 def sha256_text(text):

@@ -10,6 +10,7 @@ __all__ = ['VIEWS', 'SHIP_COLUMNS', 'IMAGE_SUFFIXES', 'MAX_PIXELS', 'STEPS', 'FO
 
 # %% ../nbs/31_inference.ipynb #d77a7304
 import csv
+import errno
 import glob
 import hashlib
 import json
@@ -274,12 +275,18 @@ def kept_ships(mask, values, min_area):
     scores : float64 (n,), mean probability of each.
     """
     labels, count = label_instances(mask)
-    inside = labels[mask > 0]
-    areas = np.bincount(inside, minlength=count + 1)[1:]
-    keep = areas >= min_area
+    areas, sums, done = np.zeros(count + 1, np.int64), np.zeros(count + 1), 0
+    parts = np.array_split(np.arange(len(mask)), 1 + mask.size // 2**24)   # rows; a large image would be copied several times
+    for rows in (slice(o[0], o[-1] + 1) for o in parts):
+        inside = labels[rows][mask[rows] > 0]
+        areas += np.bincount(inside, minlength=count + 1)
+        sums += np.bincount(inside, sigmoid(values[done:done + len(inside)]), count + 1)
+        done += len(inside)
+    keep = areas[1:] >= min_area
     number = np.append(0, np.where(keep, np.cumsum(keep), 0)).astype(np.int32)
-    labels[mask > 0] = number[inside]
-    return labels, (np.bincount(inside, sigmoid(values), count + 1)[1:] / areas)[keep]
+    if not keep.all():
+        for rows in parts: labels[rows[0]:rows[-1] + 1] = number[labels[rows[0]:rows[-1] + 1]]
+    return labels, (sums[1:] / areas[1:])[keep]
 
 # %% ../nbs/31_inference.ipynb #d56f7e9d
 class Predictor(Predictor):
@@ -291,7 +298,9 @@ class Predictor(Predictor):
             masks.append(ship.view(np.uint8))
             values.append(band[ship])
             if logits: kept.append(band)
-        labels, scores = kept_ships(np.concatenate(masks), np.concatenate(values), self.min_area)
+        mask = np.concatenate(masks)
+        masks.clear()   # of a large image this is 0.4 GB
+        labels, scores = kept_ships(mask, np.concatenate(values), self.min_area)
         return Prediction(labels, scores, np.concatenate(kept) if logits else None)
 
 # %% ../nbs/31_inference.ipynb #dc182a42
@@ -629,7 +638,9 @@ def check_output(path):
     if not folder.exists(): raise FileNotFoundError(f"cannot write {path}: {folder} does not exist; make it or choose another output")
     if not folder.is_dir(): raise ValueError(f"cannot write {path}: {folder} is not a folder")
     try: tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error: raise OSError(f"cannot write {path}: {error.strerror}; choose another output") from error
+    except OSError as error:
+        kind = PermissionError if error.errno in (errno.EROFS, errno.EPERM) else type(error)    # wrong input, not a failed job
+        raise kind(f"cannot write {path}: {error.strerror}; choose another output") from error
     return path
 
 # %% ../nbs/31_inference.ipynb #bda6e70b

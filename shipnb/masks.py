@@ -97,22 +97,32 @@ def rle_decode(rle, shape=(768, 768)):
     return mask
 
 # %% ../nbs/00_masks.ipynb #a705262d
-def _label_runs(labels):
-    """Runs of equal nonzero value down the columns: 0-based starts, lengths and values, in column-major order, joined across columns."""
+def _row_runs(box):
+    """Runs of equal nonzero value along the rows of `box`: row, start in the row, length, value."""
+    flat = np.zeros(box.size + len(box) + 1, box.dtype)    # a zero before each row and after the last keeps them apart
+    flat[:-1].reshape(len(box), -1)[:, 1:] = box
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    starts, ends, values = edges[:-1], edges[1:], flat[edges[:-1]]
+    object_runs = values > 0
+    rows, after = np.divmod(starts[object_runs], box.shape[1] + 1)
+    return rows, after - 1, (ends - starts)[object_runs], values[object_runs]
+
+
+def _label_runs(labels, pixels=2**22):
+    """Runs of equal nonzero value down the columns: 0-based starts, lengths and values, in column-major order, joined across columns.
+
+    About `pixels` pixels are worked on at a time, so that a large image is not copied whole.
+    """
     height = labels.shape[0]
     rows = np.flatnonzero(labels.any(axis=1))
     if not len(rows): return (np.zeros(0, np.int64),) * 3
     band = labels[rows[0]:rows[-1] + 1]
     columns = np.flatnonzero(band.any(axis=0))
-    box = band[:, columns[0]:columns[-1] + 1].T
-    flat = np.zeros((box.shape[0], box.shape[1] + 1), labels.dtype)
-    flat[:, 1:] = box
-    flat = np.append(flat.ravel(), 0)
-    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    values = flat[edges[:-1]]
-    starts, ends, values = edges[:-1][values > 0], edges[1:][values > 0], values[values > 0]
-    column, row = np.divmod(starts, box.shape[1] + 1)
-    starts, lengths = (column + columns[0]) * height + row - 1 + rows[0], ends - starts
+    end, step, parts = int(columns[-1]) + 1, max(1, pixels // len(band)), []
+    for left in range(int(columns[0]), end, step):
+        column, row, lengths, values = _row_runs(band[:, left:min(left + step, end)].T)
+        parts.append(((column + left) * height + row + rows[0], lengths, values))
+    starts, lengths, values = map(np.concatenate, zip(*parts))
     joined = (starts[1:] == starts[:-1] + lengths[:-1]) & (values[1:] == values[:-1])
     if not joined.any(): return starts, lengths, values
     first = np.flatnonzero(np.append(True, ~joined))
@@ -293,7 +303,9 @@ def label_instances(mask):
     labels : int32 array (height, width), 0 is background, components 1..n.
     n : int, number of components.
     """
-    count, labels = cv2.connectedComponents((_plane(mask) != 0).astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)
+    mask = _plane(mask)
+    ship = mask if mask.itemsize == 1 else mask != 0    # OpenCV, too, takes any nonzero byte for object
+    count, labels = cv2.connectedComponents(np.ascontiguousarray(ship).view(np.uint8), connectivity=8, ltype=cv2.CV_32S)
     return labels, count - 1
 
 # %% ../nbs/00_masks.ipynb #7c87ba4f

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from shipnb.files import atomic_path, atomic_write, build_once, file_lock, project_root, read_json, resolve, sha256_file, sha256_text, write_json
@@ -37,8 +38,10 @@ def test_files_get_the_ordinary_mode(tmp_path):
 def test_json_round_trip_and_refusals(tmp_path):
     write_json(tmp_path/"a.json", {"a": [1, 2.5, None], "b": tmp_path})
     assert read_json(tmp_path/"a.json")["a"] == [1, 2.5, None]
-    with pytest.raises(ValueError): write_json(tmp_path/"a.json", {"a": float("nan")})
+    with pytest.raises(ValueError): write_json(tmp_path/"a.json", {"a": float("inf")})
     assert read_json(tmp_path/"a.json")["a"] == [1, 2.5, None]
+    write_json(tmp_path/"b.json", {"a": float("nan"), "b": [np.float32("nan"), (1,)], "c": np.array([1, np.nan])})
+    assert read_json(tmp_path/"b.json") == {"a": None, "b": [None, [1]], "c": [1, None]}
     (tmp_path/"bad.json").write_text("{")
     with pytest.raises(ValueError, match="bad.json"): read_json(tmp_path/"bad.json")
 
@@ -63,6 +66,25 @@ def test_a_failed_rebuild_keeps_the_old_folder(tmp_path):
     def fail(temp): (temp/"n").write_text("half"); raise OSError(28, "No space left on device")
     with pytest.raises(OSError): build_once(tmp_path/"x", "b", fail)
     assert (tmp_path/"x"/"n").read_text() == "1"
+
+
+def test_a_resumed_build_goes_on_and_another_key_begins_anew(tmp_path):
+    def make(temp):
+        done = len(list(temp.glob("epoch*")))
+        (temp/f"epoch{done}").write_text("")
+        if done < 2: raise KeyboardInterrupt
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt): build_once(tmp_path/"x", "a", make, resume=True)
+    with pytest.raises(KeyboardInterrupt): build_once(tmp_path/"y", "a", make, resume=True)
+    assert sorted(os.listdir(build_once(tmp_path/"x", "a", make, resume=True))) == [".built", "epoch0", "epoch1", "epoch2"]
+    with pytest.raises(KeyboardInterrupt): build_once(tmp_path/"y", "b", make, resume=True)     # what was begun for "a" is gone
+    assert sorted(os.listdir(tmp_path/".y.building")) == [".unfinished", "epoch0"]
+
+
+def test_a_result_that_may_not_be_replaced(tmp_path):
+    build_once(tmp_path/"x", "a", lambda temp: (temp/"n").write_text("1"), replace=False)
+    assert build_once(tmp_path/"x", "a", None, replace=False) == tmp_path/"x"
+    with pytest.raises(FileExistsError, match="already holds a; remove it or choose"): build_once(tmp_path/"x", "b", None, replace=False)
 
 
 def test_killed_in_the_middle_leaves_nothing_that_looks_finished(tmp_path):

@@ -1,4 +1,6 @@
 """Run-length codes against brute force and pycocotools; property tests of round trips and of coverage."""
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -122,6 +124,20 @@ def test_instance_codes_and_boxes_equal_one_at_a_time(labels):
         assert code == runs_brute(labels == number)
         assert tuple(box) == masks.rle_box(code, labels.shape)
     if labels.max(): assert (masks.decode_labels(codes, labels.shape) == labels).all()
+
+
+@given(arrays(np.int32, array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(0, 3)), st.integers(1, 150))
+def test_runs_do_not_depend_on_how_much_is_worked_on_at_a_time(labels, pixels):
+    for whole, parts in zip(masks._label_runs(labels), masks._label_runs(labels, pixels)): assert np.array_equal(whole, parts)
+
+
+def test_encoding_copies_no_large_image():
+    labels = np.tile(np.arange(1, 41, dtype=np.int32).repeat(100), (4000, 1))      # 64 MB, full
+    tracemalloc.start()
+    codes = masks.encode_instances(labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(codes) == 40 and masks.rle_area(codes[7]) == 400_000 and peak < 0.5 * labels.nbytes
 
 
 @given(st.text(max_size=12))

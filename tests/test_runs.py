@@ -212,7 +212,7 @@ def test_a_full_disk_keeps_the_notebook_that_was_there(project, monkeypatch):
     def full(path, data): raise OSError(errno.ENOSPC, "No space left on device", str(path))
     monkeypatch.setattr(runs, "atomic_write", full)
     with pytest.raises(OSError) as error: runs.execute(project/"nbs"/"20_toy.ipynb", {}, project/"out.ipynb", project/"nbs")
-    assert runs._sentence(error.value) == (f"No space left on device: {project/'out.ipynb'}", 1)
+    assert runs._sentence(error.value) == (f"No space left on device: {project/'out.ipynb'}; free space or choose another folder", 1)
     assert (project/"out.ipynb").read_text() == "earlier"
 
 
@@ -459,7 +459,7 @@ def test_sample_passes_everything_on(project, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shipnb.fleet", fleet)
     monkeypatch.setattr("shipnb.fleet", fleet, raising=False)
     assert runs.main(["sample", "mine", "--images", "12", "--seed", "3", "--workers", "2"]) == 0 and runs.main(["sample"]) == 0
-    assert calls == [(project/"mine", dict(images=12, seed=3, workers=2, progress=False)), (project/"data"/"sample", dict(images=240, seed=0, progress=False))]
+    assert calls == [(project/".mine.building", dict(images=12, seed=3, workers=2, progress=False)), (project/"data"/"sample", dict(images=240, seed=0, progress=False))]
     assert "12 images with labels are in mine" in capsys.readouterr().out
 
 

@@ -235,7 +235,7 @@ def _read_table(path, columns):
     """A CSV as text columns; ValueError names the file when it is unreadable or lacks a column."""
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; it must be a CSV with the columns {', '.join(columns)}")
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError, EOFError, pd.errors.ParserError) as error: raise ValueError(f"{path}: not a readable CSV ({error})") from error
+    except (ValueError, OSError, EOFError, pd.errors.ParserError) as error: raise ValueError(f"{path}: not a readable CSV ({str(error).strip()})") from error
     missing = [o for o in columns if o not in table]
     if not missing and not len(table): raise ValueError(f"{path}: has no rows")
     if missing: raise ValueError(f"{path}: lacks the column {', '.join(missing)}; it has {', '.join(map(str, table.columns[:8]))}")

@@ -130,9 +130,9 @@ def _need_masks(catalog, what):
     raise ValueError(f"{what} needs masks, and {plain.sum()} objects have only a box (the first in {catalog.objects['image'][plain.argmax()]}); "
                      "fill_boxes(catalog) makes each box its mask")
 
-# %% ../nbs/01a_formats.ipynb #6a824dce
+# %% ../nbs/01a_formats.ipynb #08665f17
 def to_airbus_csv(catalog, path):
-    """Write the CSV of the Airbus challenge: ImageId, EncodedPixels, one row per object and one with an empty code for an image without.
+    """Write the CSV of the Airbus challenge: ImageId, EncodedPixels, one row per object in the Catalog's order, then one with an empty code for each image without.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def to_airbus_csv(catalog, path):
     if nested: raise ValueError(f"an Airbus CSV names the files of one folder, not '{nested}'; move the images into one and read them again")
     empty = catalog.images.loc[catalog.counts == 0, ["image"]].assign(rle="")
     table = pd.concat([catalog.objects[["image", "rle"]], empty]).set_axis(["ImageId", "EncodedPixels"], axis=1)
-    with atomic_path(path) as temp: table.sort_values("ImageId", kind="stable").to_csv(temp, index=False)
+    with atomic_path(path) as temp: table.to_csv(temp, index=False)
 
 # %% ../nbs/01a_formats.ipynb #d98ce7f1
 def _severstal_rows(labels):

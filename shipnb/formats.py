@@ -50,10 +50,11 @@ def image_files(root):
         out += [Path(folder, o).relative_to(root).as_posix() for o in names]
     return sorted(out)
 
-# %% ../nbs/01a_formats.ipynb #797c695f
+# %% ../nbs/01a_formats.ipynb #3ee53536
 def _place_problem(name):
     """Why a relative name is refused, or None: it must stay inside its folder."""
     if not isinstance(name, str) or not name.strip(): return "empty image name"
+    if not any(o in name for o in "/\\:\0") and name not in (".", ".."): return None
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute(): return "absolute path as image name"
     if "\\" in name: return "image name holds a backslash; write folders with /"
     if "\0" in name or ".." in name.split("/") or name in (".", "./"): return "image name points outside its folder"
@@ -869,12 +870,13 @@ def to_masks(catalog, folder, classes=None):
         atomic_write(path, cv2.imencode(".png", mask)[1].tobytes())
     return classes
 
-# %% ../nbs/01a_formats.ipynb #477e640d
+# %% ../nbs/01a_formats.ipynb #fb006ef4
 def _box_rle(box, shape):
-    """The code of the pixels whose centres are in a box (x0, y0, x1, y1); at least the nearest one."""
-    edges = np.ceil(np.asarray(box, np.float64) - 0.5).astype(np.int64)
-    x0, y0 = np.minimum(edges[:2], (shape[1] - 1, shape[0] - 1)).tolist()
-    x1, y1 = np.maximum(edges[2:], (x0 + 1, y0 + 1)).tolist()
+    """The code of the pixels whose centres are in a box (x0, y0, x1, y1); where it is too slim to hold one, those it runs through."""
+    box = np.asarray(box, np.float64)
+    (low, high), middle = np.ceil(box - 0.5).reshape(2, 2), np.minimum((box[:2] + box[2:]) // 2, (shape[1] - 1, shape[0] - 1))
+    slim = high <= low
+    (x0, y0), (x1, y1) = np.where(slim, middle, low).astype(int), np.where(slim, middle + 1, high).astype(int)
     columns = np.arange(x0, x1, dtype=np.int64)
     return _text(*_merge(columns * shape[0] + y0, np.full(len(columns), y1 - y0)))
 

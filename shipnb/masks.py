@@ -351,7 +351,7 @@ def scale_boxes(boxes, shape, size):
         When a size is below 1.
     """
     (H, W), (h, w) = _check_size(shape, size)
-    return np.asarray(boxes, np.float64).reshape(-1, 4) * (w / W, h / H, w / W, h / H)
+    return np.asarray(boxes, np.float64).reshape(-1, 4) * (w, h, w, h) / (W, H, W, H)   # in this order whole numbers stay whole
 
 # %% ../nbs/00_masks.ipynb #91b1234b
 def label_instances(mask):

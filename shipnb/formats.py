@@ -131,7 +131,12 @@ def _need_masks(catalog, what):
     raise ValueError(f"{what} needs masks, and {plain.sum()} objects have only a box (the first in {catalog.objects['image'][plain.argmax()]}); "
                      "fill_boxes(catalog) makes each box its mask")
 
-# %% ../nbs/01a_formats.ipynb #08665f17
+# %% ../nbs/01a_formats.ipynb #d0d265e2
+def _shapes(catalog):
+    """(height, width) of every image, a list; `Catalog.shape` one at a time takes seconds for a quarter of a million."""
+    return list(zip(catalog.images["height"].tolist(), catalog.images["width"].tolist()))
+
+# %% ../nbs/01a_formats.ipynb #ecf2d800
 def to_airbus_csv(catalog, path):
     """Write the CSV of the Airbus challenge: ImageId, EncodedPixels, one row per object in the Catalog's order, then one with an empty code for each image without.
 
@@ -147,7 +152,7 @@ def to_airbus_csv(catalog, path):
     table = pd.concat([catalog.objects[["image", "rle"]], empty]).set_axis(["ImageId", "EncodedPixels"], axis=1)
     with atomic_path(path) as temp: table.to_csv(temp, index=False)
 
-# %% ../nbs/01a_formats.ipynb #d98ce7f1
+# %% ../nbs/01a_formats.ipynb #1f199c31
 def _severstal_rows(labels):
     """(table ImageId, ClassId, EncodedPixels as text; True when images without a row have no defect)."""
     table = _read_table(labels, ["EncodedPixels"])
@@ -158,7 +163,7 @@ def _severstal_rows(labels):
     if missing: raise ValueError(f"{labels}: lacks the column {' and '.join(missing)} (or ImageId_ClassId); it has {', '.join(table.columns[:8])}")
     return table[["ImageId", "ClassId", "EncodedPixels"]], True
 
-# %% ../nbs/01a_formats.ipynb #46a55bbb
+# %% ../nbs/01a_formats.ipynb #b6493e71
 def _severstal_clean(table, classes, found):
     """Rows with a known class and without copies; the rest goes to `found`."""
     known = table["ClassId"].isin([str(o) for o in range(1, classes + 1)])
@@ -168,7 +173,7 @@ def _severstal_clean(table, classes, found):
     found += [(o.ImageId, f"row {o.Index + 2} repeats another row", "copy dropped") for o in table[copies].itertuples()]
     return table[~copies]
 
-# %% ../nbs/01a_formats.ipynb #39820dcf
+# %% ../nbs/01a_formats.ipynb #4a119f03
 def _coded_objects(names, labels, codes, wheres, files, found):
     """The objects table from parallel lists of image, label, code; images with a bad code go to `found`."""
     shapes = dict(zip(files["image"].tolist(), files[["height", "width"]].to_numpy(np.int64).tolist()))
@@ -179,7 +184,7 @@ def _coded_objects(names, labels, codes, wheres, files, found):
     table = pd.DataFrame({"image": names, "label": labels, "rle": codes, **dict(zip(BOX, boxes.T)), "area": areas}, columns=OBJECT_COLUMNS)
     return table.drop(index=list(errors))
 
-# %% ../nbs/01a_formats.ipynb #98bae271
+# %% ../nbs/01a_formats.ipynb #bea16136
 def read_severstal(root, labels=None, images=None, shape=(256, 1600), classes=4):
     """Read the layout of the Severstal steel challenge (https://www.kaggle.com/c/severstal-steel-defect-detection/data).
 
@@ -213,7 +218,7 @@ def read_severstal(root, labels=None, images=None, shape=(256, 1600), classes=4)
     objects = _coded_objects(rows["ImageId"].tolist(), names, rows["EncodedPixels"].tolist(), wheres, files, found)
     return _catalog(files, objects, folder, found)
 
-# %% ../nbs/01a_formats.ipynb #d389639d
+# %% ../nbs/01a_formats.ipynb #514e53de
 def to_severstal_csv(catalog, path, classes=("defect_1", "defect_2", "defect_3", "defect_4")):
     """Write ImageId_ClassId, EncodedPixels: a row for every image and class, all objects of the class in one code, empty for none.
 
@@ -226,17 +231,17 @@ def to_severstal_csv(catalog, path, classes=("defect_1", "defect_2", "defect_3",
     strange = set(catalog.objects["label"]) - set(classes)
     if strange: raise ValueError(f"label '{min(strange)}' is not one of {', '.join(classes)}; say the names in the order of their numbers with classes=")
     codes = catalog.objects.groupby(["image", "label"])["rle"].agg(list).to_dict()
-    names, shapes = catalog.images["image"].tolist(), [catalog.shape(i) for i in range(len(catalog))]
+    names, shapes = catalog.images["image"].tolist(), _shapes(catalog)
     rows = [(f"{name}_{k}", rle_union(codes.get((name, o), []), shape)) for name, shape in zip(names, shapes) for k, o in enumerate(classes, 1)]
     with atomic_path(path) as temp: pd.DataFrame(rows, columns=["ImageId_ClassId", "EncodedPixels"]).to_csv(temp, index=False)
 
-# %% ../nbs/01a_formats.ipynb #0edc2c68
+# %% ../nbs/01a_formats.ipynb #55726759
 MAX_XML = 16 * 2**20   # bytes: a hundred thousand objects; more is no label file
 
 
 def _refuse_doctype(*_): raise ValueError("has a document type (DTD), which may hold entity bombs; remove the DOCTYPE line")
 
-# %% ../nbs/01a_formats.ipynb #bfb68f23
+# %% ../nbs/01a_formats.ipynb #7e50744b
 def read_xml(path):
     """Return the root element of an XML file, read without document types, entities or anything outside the file.
 
@@ -254,7 +259,7 @@ def read_xml(path):
         return builder.close()
     except (expat.ExpatError, ValueError, LookupError) as error: raise ValueError(f"{path}: not a readable XML file: {error}") from error
 
-# %% ../nbs/01a_formats.ipynb #41fc7f4c
+# %% ../nbs/01a_formats.ipynb #238b1a67
 def _voc_number(element, tag):
     """A number of a VOC box; ValueError names the tag."""
     text = element.findtext(tag)
@@ -274,7 +279,7 @@ def _voc_objects(tree, name, where, first_pixel):
         out.append({"image": name, "label": label, "rle": "", **box, "area": 0, "where": f"{where}, object {k}", "difficult": hard})
     return out
 
-# %% ../nbs/01a_formats.ipynb #22019c33
+# %% ../nbs/01a_formats.ipynb #4eede0b8
 def _voc_image(xml, tree, root, stems):
     """The relative name of the image of an annotation; ValueError when there is none, or no way to tell."""
     near = re.sub(r"[_-]?(labels?|annotations?|xml)$", "", xml.parent.name, flags=re.I)
@@ -285,7 +290,7 @@ def _voc_image(xml, tree, root, stems):
     if len(candidates) != 1: raise ValueError(f"several images have the name '{xml.stem}', none of them in the folder '{near}'")
     return candidates[0]
 
-# %% ../nbs/01a_formats.ipynb #11dcb19f
+# %% ../nbs/01a_formats.ipynb #a93fb2b3
 def _voc_read(xml, root, stems, first_pixel):
     """(image name, object dicts, (height, width) that it says or None) of one XML file."""
     tree = read_xml(xml)
@@ -294,7 +299,7 @@ def _voc_read(xml, root, stems, first_pixel):
     stated = None if size is None else (int(_voc_number(size, "height")), int(_voc_number(size, "width")))
     return name, _voc_objects(tree, name, xml.name, first_pixel), stated if stated and min(stated) > 0 else None
 
-# %% ../nbs/01a_formats.ipynb #1bdcafdf
+# %% ../nbs/01a_formats.ipynb #af2a44bc
 EMPTY_FOLDERS = ("coast", "sea", "land", "no-ship", "no_ship", "no_defect", "background", "negative", "empty")
 PLAIN_FOLDERS = ("", "images", "image", "imgs", "jpegimages", "train", "valid", "val", "validation", "test")
 
@@ -304,7 +309,7 @@ def _category(name):
     folder = PurePosixPath(name).parent.name
     return "" if folder.lower() in PLAIN_FOLDERS else folder
 
-# %% ../nbs/01a_formats.ipynb #a02cfc35
+# %% ../nbs/01a_formats.ipynb #7aa79c5a
 def _voc_all(root, names, first_pixel, found):
     """{image: object dicts} and {image: stated size} of all XML files below `root`; files that cannot be used go to `found`."""
     stems, objects, sizes = {}, {}, {}
@@ -322,7 +327,7 @@ def _voc_all(root, names, first_pixel, found):
         if stated: sizes[name] = stated
     return objects, sizes
 
-# %% ../nbs/01a_formats.ipynb #7be9e4f6
+# %% ../nbs/01a_formats.ipynb #f950638a
 def read_voc(root, first_pixel=1):
     """Read a folder of images and Pascal VOC annotations (http://host.robots.ox.ac.uk/pascal/VOC/), also that of MASATI
     (https://www.iuii.ua.es/datasets/masati/) with its folders coast, sea, ship, multi, coast_ship, detail.
@@ -357,7 +362,7 @@ def read_voc(root, first_pixel=1):
     table = _objects([row for name in used for row in objects.get(name, [])], files, found)
     return _one_folder(_catalog(files, table, root, found, category={o: _category(o) for o in used}))
 
-# %% ../nbs/01a_formats.ipynb #1230c48b
+# %% ../nbs/01a_formats.ipynb #d9f77b42
 def _one_folder(catalog):
     """The Catalog with plain names when all its images are in one sub-folder."""
     parents = {str(PurePosixPath(o).parent) for o in catalog.images["image"]}
@@ -366,7 +371,7 @@ def _one_folder(catalog):
     tables = [o.assign(image=[name[len(parent) + 1:] for name in o["image"]]) for o in (catalog.images, catalog.objects)]
     return Catalog(*tables, None if catalog.root is None else catalog.root/parent, catalog.problems)
 
-# %% ../nbs/01a_formats.ipynb #498db40a
+# %% ../nbs/01a_formats.ipynb #85fbb168
 def _voc_tree(name, shape, rows):
     """The XML of one image; boxes counted from 1, last pixel inside."""
     tree = ElementTree.Element("annotation")
@@ -382,7 +387,7 @@ def _voc_tree(name, shape, rows):
     ElementTree.indent(tree)
     return tree
 
-# %% ../nbs/01a_formats.ipynb #f78c9e84
+# %% ../nbs/01a_formats.ipynb #ed3f9369
 def _target(folder, name, suffix):
     """`folder`/`name` with another suffix, inside `folder`; ValueError for a name that leaves it."""
     if why := _place_problem(name): raise ValueError(f"'{name}': {why}")
@@ -396,7 +401,7 @@ def _targets(catalog, folder, suffix):
     if len(twice): raise ValueError(f"two images would both be written to {twice.iloc[0]}; their names differ only in the suffix")
     return paths
 
-# %% ../nbs/01a_formats.ipynb #8846ba0b
+# %% ../nbs/01a_formats.ipynb #b250e419
 def to_voc(catalog, folder):
     """Write one Pascal VOC file per image to `folder`, in sub-folders as the images are; masks are left out, boxes counted from 1, last pixel inside.
 
@@ -410,7 +415,7 @@ def to_voc(catalog, folder):
         name = catalog.images["image"][i]
         atomic_write(path, ElementTree.tostring(_voc_tree(name, catalog.shape(i), rows.get(name, catalog.objects.head(0))), encoding="utf-8"))
 
-# %% ../nbs/01a_formats.ipynb #7e42e923
+# %% ../nbs/01a_formats.ipynb #afb0d2bb
 def _unpack_counts(text):
     """COCO's packed text as counts: five bits a character, low first, bit 5 says that more follow; from the fourth on, the difference to two before."""
     code = np.frombuffer(text.encode() if isinstance(text, str) else bytes(text), np.uint8).astype(np.int64) - 48
@@ -424,7 +429,7 @@ def _unpack_counts(text):
     values[1::2], values[2::2] = values[1::2].cumsum(), values[2::2].cumsum()
     return values
 
-# %% ../nbs/01a_formats.ipynb #b679504e
+# %% ../nbs/01a_formats.ipynb #9acb52d3
 def _pack_counts(counts):
     """Counts (n,) as COCO's packed text, the reverse of `_unpack_counts`."""
     rest = np.array(counts, np.int64)
@@ -438,7 +443,7 @@ def _pack_counts(counts):
     packed = np.stack(columns, axis=1).ravel()
     return packed[packed > 0].tobytes().decode()
 
-# %% ../nbs/01a_formats.ipynb #898b073d
+# %% ../nbs/01a_formats.ipynb #95fe2d1f
 def _edge_points(x, y):
     """The points of a closed outline, one per step along its longer axis, as pycocotools rounds them."""
     out = []
@@ -454,7 +459,7 @@ def _edge_points(x, y):
         out.append(points[:, ::-1] if flip else points)
     return np.concatenate(out, axis=1)
 
-# %% ../nbs/01a_formats.ipynb #1cf32847
+# %% ../nbs/01a_formats.ipynb #99c8e0e2
 def polygon_rle(polygon, shape):
     """Return the code of a polygon, pixel for pixel as pycocotools draws it (`rleFrPoly`: outline on a grid five times finer, then filled by columns).
 
@@ -482,7 +487,7 @@ def polygon_rle(polygon, shape):
     starts, lengths = turns[::2], turns[1::2] - turns[::2]
     return _text(*_merge(starts[lengths > 0], lengths[lengths > 0])) if (lengths > 0).any() else ""
 
-# %% ../nbs/01a_formats.ipynb #7a961ba5
+# %% ../nbs/01a_formats.ipynb #6aee0aca
 def coco_rle(segmentation, shape):
     """Return the code of a COCO segmentation: polygons (list of lists), counts, or packed counts (dict with `counts`, `size`).
 
@@ -502,7 +507,7 @@ def coco_rle(segmentation, shape):
     starts = ends[1::2] - lengths
     return _text(*_merge(starts[lengths > 0], lengths[lengths > 0])) if (lengths > 0).any() else ""
 
-# %% ../nbs/01a_formats.ipynb #c2775372
+# %% ../nbs/01a_formats.ipynb #e21cb788
 def rle_coco(rle, shape):
     """Return a code as COCO's dict: `size` [height, width] and packed `counts`. ValueError as `rle_runs`."""
     starts, lengths = rle_runs(rle, shape)
@@ -511,7 +516,7 @@ def rle_coco(rle, shape):
     if counts[-1] == 0 and len(counts) > 1: counts = counts[:-1]
     return {"size": [int(o) for o in shape], "counts": _pack_counts(counts)}
 
-# %% ../nbs/01a_formats.ipynb #307a2526
+# %% ../nbs/01a_formats.ipynb #ac928f3c
 def _coco_list(data, key, path):
     """A list of the JSON, its dicts only; ValueError when the key is missing or no list."""
     if not isinstance(data, dict) or not isinstance(data.get(key), list): raise ValueError(f"{path}: not COCO; it lacks the list '{key}'")
@@ -525,19 +530,19 @@ def _read_coco_json(path):
     images, rows, kinds = (_coco_list(data, key, path) for key in ("images", "annotations", "categories"))
     return images, rows, {str(o.get("id")): str(o.get("name", o.get("id"))) for o in kinds}
 
-# %% ../nbs/01a_formats.ipynb #30c460b6
+# %% ../nbs/01a_formats.ipynb #bc60684d
 def _coco_object(row, shape):
-    """(code, box, area, crowd) of one annotation; ValueError says what is wrong."""
+    """(code, box or None, crowd) of one annotation; ValueError says what is wrong."""
     seg, box = row.get("segmentation"), row.get("bbox")
     rle = coco_rle(seg, shape) if seg else ""
     if box is None and not rle: raise ValueError("has neither bbox nor segmentation")
-    if box is None: return rle, rle_boxes([rle], [shape])[0][0].tolist(), rle_area(rle), bool(row.get("iscrowd"))
+    if box is None: return rle, None, bool(row.get("iscrowd"))
     numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(o, (int, float)) for o in box)
     if not numbers: raise ValueError(f"bbox is {str(box)[:40]}, not 4 numbers")
     x, y, width, height = map(float, box)
-    return rle, [x, y, x + width, y + height], rle_area(rle), bool(row.get("iscrowd"))
+    return rle, [x, y, x + width, y + height], bool(row.get("iscrowd"))
 
-# %% ../nbs/01a_formats.ipynb #c2221aa4
+# %% ../nbs/01a_formats.ipynb #94e0b002
 def _coco_objects(rows, names, kinds, shapes, found):
     """Object dicts of the annotations; what cannot be used goes to `found`. `names` is {image id: name}, `shapes` {name: (height, width)}."""
     out = []
@@ -547,15 +552,16 @@ def _coco_objects(rows, names, kinds, shapes, found):
         if name not in shapes: continue
         try:
             if str(row.get("category_id")) not in kinds: raise ValueError(f"category_id {str(row.get('category_id'))[:20]} is not in categories")
-            rle, box, area, crowd = _coco_object(row, shapes[name])
+            rle, box, crowd = _coco_object(row, shapes[name])
         except (ValueError, TypeError, OverflowError) as error:
             found.append((name, f"{where}: {error}", "quarantined"))
             continue
-        kind = kinds[str(row["category_id"])]
-        out.append({"image": name, "label": kind, "rle": rle, **dict(zip(BOX, box)), "area": area, "where": where, "crowd": crowd})
+        out.append({"image": name, "label": kinds[str(row["category_id"])], "rle": rle, "box": box, "where": where, "crowd": crowd})
+    boxes, areas, _ = rle_boxes([o["rle"] for o in out], [shapes[o["image"]] for o in out])
+    for o, box, area in zip(out, boxes.tolist(), areas.tolist()): o |= {**dict(zip(BOX, o.pop("box") or box)), "area": area}
     return out
 
-# %% ../nbs/01a_formats.ipynb #576339d7
+# %% ../nbs/01a_formats.ipynb #13014ff3
 def _coco_names(images, prefix, found):
     """{image id: name}, {name: stated (height, width) or None} of the JSON's images; repeated ids and names go to `found`."""
     names, stated = {}, {}
@@ -571,7 +577,7 @@ def _coco_names(images, prefix, found):
         stated[prefix + name] = size if all(type(v) is int and v > 0 for v in size) else None
     return names, stated
 
-# %% ../nbs/01a_formats.ipynb #2c699f48
+# %% ../nbs/01a_formats.ipynb #a62c5b48
 def _coco_folder(root, path, images):
     """The folder of a JSON's images, relative to `root`: beside it or named after it, wherever its first image is."""
     first = next((o["file_name"] for o in images if not _place_problem(o.get("file_name"))), None)
@@ -581,7 +587,7 @@ def _coco_folder(root, path, images):
     if folder is None: raise FileNotFoundError(f"{root}: no folder holds '{first}', the first image of {path.name}; say which with images=")
     return folder
 
-# %% ../nbs/01a_formats.ipynb #012d934e
+# %% ../nbs/01a_formats.ipynb #0b027ce8
 def _coco_files(root, stated, found):
     """`_files`, and a size that the JSON says must be the file's; labels only take the JSON's."""
     if root is None:
@@ -593,7 +599,7 @@ def _coco_files(root, stated, found):
         if size and size != (o.height, o.width): found.append((o.image, f"the JSON says {size}, the image is {(o.height, o.width)}", "quarantined"))
     return table
 
-# %% ../nbs/01a_formats.ipynb #dc587233
+# %% ../nbs/01a_formats.ipynb #7dc2dba0
 def _coco_one(root, path, images, found):
     """Table of files and object dicts of one JSON; `images` as in `read_coco`."""
     listed, annotations, kinds = _read_coco_json(path)
@@ -603,7 +609,7 @@ def _coco_one(root, path, images, found):
     shapes = dict(zip(files["image"].tolist(), files[["height", "width"]].to_numpy().tolist()))
     return files, _coco_objects(annotations, names, kinds, shapes, found)
 
-# %% ../nbs/01a_formats.ipynb #0858dc54
+# %% ../nbs/01a_formats.ipynb #c5076466
 def read_coco(root, labels=None, images=None):
     """Read COCO JSON (https://cocodataset.org/#format-data).
 
@@ -633,7 +639,7 @@ def read_coco(root, labels=None, images=None):
     splits = {name: Path(path).stem if len(read) > 1 else "" for path, o in zip(paths, read) for name in o[0]["image"].tolist()}
     return _one_folder(_catalog(files[~twice], objects, None if images is False else root, found, split=splits))
 
-# %% ../nbs/01a_formats.ipynb #b875ca58
+# %% ../nbs/01a_formats.ipynb #d3477ce3
 def _coco_row(number, image_id, kind, o, shape):
     """One annotation of `to_coco`."""
     x0, y0, x1, y1, area = (v.item() if hasattr(v, "item") else v for v in (o.x0, o.y0, o.x1, o.y1, o.area))
@@ -641,7 +647,7 @@ def _coco_row(number, image_id, kind, o, shape):
     return {"id": number, "image_id": image_id, "category_id": kind, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area,
             "iscrowd": int(getattr(o, "crowd", 0) is True), **mask}
 
-# %% ../nbs/01a_formats.ipynb #1ae244ed
+# %% ../nbs/01a_formats.ipynb #f59324a7
 def to_coco(catalog, path, categories=None):
     """Write COCO JSON that pycocotools and detectors read: masks as packed counts, boxes x, y, width, height; ids from 1.
 
@@ -660,14 +666,14 @@ def to_coco(catalog, path, categories=None):
     kinds = {o: k for k, o in enumerate(categories, 1)}
     strange = set(catalog.objects["label"]) - set(kinds)
     if strange: raise ValueError(f"label '{min(strange)}' is not one of the categories {', '.join(categories)}")
-    shapes = [catalog.shape(i) for i in range(len(catalog))]
+    shapes = _shapes(catalog)
     ids = {name: k for k, name in enumerate(catalog.images["image"], 1)}
     images = [{"id": k, "file_name": name, "height": h, "width": w} for (name, k), (h, w) in zip(ids.items(), shapes)]
     rows = [_coco_row(n, ids[o.image], kinds[o.label], o, shapes[ids[o.image] - 1]) for n, o in enumerate(catalog.objects.itertuples(), 1)]
     kinds = [{"id": k, "name": o} for o, k in kinds.items()]
     atomic_write(path, json.dumps({"images": images, "annotations": rows, "categories": kinds}, allow_nan=False))
 
-# %% ../nbs/01a_formats.ipynb #42ced41d
+# %% ../nbs/01a_formats.ipynb #928514dc
 _BOUNDS = re.compile(r"[(\[]?\s*" + r"\s*,\s*".join([r"(-?\d{1,15}(?:\.\d{1,9})?)"] * 4) + r"\s*[)\]]?")
 
 
@@ -677,7 +683,7 @@ def _bounds(text):
     if match is None: raise ValueError(f"bounds are '{text[:40]}', not (x0, y0, x1, y1)")
     return [float(o) for o in match.groups()]
 
-# %% ../nbs/01a_formats.ipynb #6b313b35
+# %% ../nbs/01a_formats.ipynb #275ce8ec
 def _bounds_objects(table, names, found):
     """Object dicts of the rows; `names` is {image_id: image name}."""
     out = []
@@ -690,7 +696,7 @@ def _bounds_objects(table, names, found):
         except ValueError as error: found.append((name, f"{where}: {error}", "quarantined"))
     return out
 
-# %% ../nbs/01a_formats.ipynb #a74c906e
+# %% ../nbs/01a_formats.ipynb #efe44452
 def read_bounds(root, labels=None, images=None):
     """Read a CSV of boxes with image_id, class, bounds (https://www.kaggle.com/datasets/airbusgeo/airbus-oil-storage-detection-dataset).
 
@@ -720,7 +726,7 @@ def read_bounds(root, labels=None, images=None):
     files = _files(folder, used, found)
     return _catalog(files, _objects(rows, files, found), folder, found)
 
-# %% ../nbs/01a_formats.ipynb #3a5bbe83
+# %% ../nbs/01a_formats.ipynb #fee229d8
 MAX_MAT = 512 * 2**20   # bytes of a MATLAB file when unpacked
 
 
@@ -738,7 +744,7 @@ def _unpacked_mat(data, limit):
         if sum(map(len, out)) > limit: raise ValueError(f"holds more than {limit} bytes when unpacked")
     return b"".join(out)
 
-# %% ../nbs/01a_formats.ipynb #c6802702
+# %% ../nbs/01a_formats.ipynb #fcd0b790
 def _mat_plane(path):
     """The label image of a MATLAB file: the field Segmentation of groundTruth, else its only plane of numbers."""
     try:
@@ -750,7 +756,7 @@ def _mat_plane(path):
     if len(planes) != 1: raise ValueError(f"{path}: holds {len(planes)} planes of whole numbers; it must be one, or groundTruth with Segmentation")
     return planes[0]
 
-# %% ../nbs/01a_formats.ipynb #95ca73d3
+# %% ../nbs/01a_formats.ipynb #a7916f12
 def read_mask(path, shape=None):
     """Return a mask file (PNG, TIFF, BMP or MATLAB) as integers (height, width): palette numbers or grey values, unscaled.
 
@@ -770,7 +776,7 @@ def read_mask(path, shape=None):
     if shape is not None and mask.shape != tuple(shape): raise ValueError(f"{path}: the mask is {mask.shape}, the image {tuple(shape)}")
     return mask if mask.dtype.kind in "bui" else mask.astype(np.int64)
 
-# %% ../nbs/01a_formats.ipynb #e420c04c
+# %% ../nbs/01a_formats.ipynb #566ecbdd
 def _mask_codes(mask, classes, label, objects):
     """(label, code) of each object of a mask, and the values that are neither background nor a class."""
     values = [int(o) for o in np.unique(mask)]
@@ -783,14 +789,14 @@ def _mask_codes(mask, classes, label, objects):
         out += [(name, o) for o in codes if o]
     return out, [] if not classes else [o for o in values if o not in classes]
 
-# %% ../nbs/01a_formats.ipynb #069e96ed
+# %% ../nbs/01a_formats.ipynb #dd96e634
 def _report_values(name, strange, found):
     """Say that a mask holds values that mean nothing."""
     if not strange: return
     values = f"value {min(strange)} is" if len(strange) == 1 else f"values {', '.join(map(str, sorted(strange)[:5]))} are"
     found.append((name, f"{values} neither background nor a class", "taken as background"))
 
-# %% ../nbs/01a_formats.ipynb #9dbde65d
+# %% ../nbs/01a_formats.ipynb #614196ee
 MASK_FOLDERS = ("masks", "mask", "groundTruth", "labels", "annotations", "SegmentationClass")
 
 
@@ -803,7 +809,7 @@ def _mask_pairs(images, masks):
     stems = [os.path.splitext(o)[0] for o in names]
     return {n: paths[s] for n, s in zip(names, stems) if s in paths}, [n for n, s in zip(names, stems) if s not in paths]
 
-# %% ../nbs/01a_formats.ipynb #313f849e
+# %% ../nbs/01a_formats.ipynb #cd25e31f
 def read_masks(root, images=None, masks=None, classes=None, background=(0,), label="object", objects="components"):
     """Read a folder of images with one mask file each.
 
@@ -840,7 +846,7 @@ def read_masks(root, images=None, masks=None, classes=None, background=(0,), lab
     names, labels, codes = (list(o) for o in zip(*rows)) if rows else ([], [], [])
     return _catalog(files, _coded_objects(names, labels, codes, names, files, found), images, found)
 
-# %% ../nbs/01a_formats.ipynb #b5b494ad
+# %% ../nbs/01a_formats.ipynb #f0649804
 def to_masks(catalog, folder, classes=None):
     """Write one PNG mask per image to `folder`, in sub-folders as the images are; a later object wins where two overlap.
 
@@ -870,7 +876,7 @@ def to_masks(catalog, folder, classes=None):
         atomic_write(path, cv2.imencode(".png", mask)[1].tobytes())
     return classes
 
-# %% ../nbs/01a_formats.ipynb #fb006ef4
+# %% ../nbs/01a_formats.ipynb #ac230d88
 def _box_rle(box, shape):
     """The code of the pixels whose centres are in a box (x0, y0, x1, y1); where it is too slim to hold one, those it runs through."""
     box = np.asarray(box, np.float64)
@@ -880,21 +886,21 @@ def _box_rle(box, shape):
     columns = np.arange(x0, x1, dtype=np.int64)
     return _text(*_merge(columns * shape[0] + y0, np.full(len(columns), y1 - y0)))
 
-# %% ../nbs/01a_formats.ipynb #6b402447
+# %% ../nbs/01a_formats.ipynb #fc9dfab1
 def fill_boxes(catalog):
     """Return the Catalog with each box that has no mask as its own mask: the pixels whose centres are inside, at least one.
 
     A box is not a ship: of a long ship at 45 degrees it is mostly water. It is for converting, and for a first rough segmentation.
     """
     objects, plain = catalog.objects.copy(), catalog.objects["rle"].map(is_empty_rle).to_numpy(bool)
-    shapes = dict(zip(catalog.images["image"].tolist(), catalog.images[["height", "width"]].to_numpy(np.int64).tolist()))
+    shapes = dict(zip(catalog.images["image"].tolist(), _shapes(catalog)))
     codes = [_box_rle(o, shapes[name]) for name, o in zip(objects["image"][plain], objects.loc[plain, BOX].to_numpy())]
     objects["rle"] = objects["rle"].astype(object)
     objects.loc[plain, "rle"] = codes
     objects.loc[plain, "area"] = [rle_area(o) for o in codes]
     return Catalog(catalog.images, objects, catalog.root, catalog.problems)
 
-# %% ../nbs/01a_formats.ipynb #6857c184
+# %% ../nbs/01a_formats.ipynb #b16e3a7d
 SPLIT_FOLDERS = ("train", "valid", "val", "validation", "test", "test_images")
 
 
@@ -903,7 +909,7 @@ def _whole_images(labels, files):
     rows = [(o.image, labels[o.image], "", 0, 0, o.width, o.height, o.width * o.height) for o in files.itertuples() if labels.get(o.image)]
     return pd.DataFrame(rows, columns=OBJECT_COLUMNS)
 
-# %% ../nbs/01a_formats.ipynb #512d2e95
+# %% ../nbs/01a_formats.ipynb #66d46377
 def _folder_label(name):
     """(category, split) that an image's folders say."""
     parts = PurePosixPath(name).parent.parts
@@ -911,7 +917,7 @@ def _folder_label(name):
     kinds = [o for o in parts if o.lower() not in (*PLAIN_FOLDERS, *SPLIT_FOLDERS)]
     return kinds[-1] if kinds else "", "test" if split == "test_images" else split
 
-# %% ../nbs/01a_formats.ipynb #44147f20
+# %% ../nbs/01a_formats.ipynb #c1916330
 def read_folders(root, empty=EMPTY_FOLDERS):
     """Read images whose folder is their class, as `train/ship/1.png` or `defect_1/2.jpg`.
 
@@ -936,13 +942,13 @@ def read_folders(root, empty=EMPTY_FOLDERS):
     objects = _whole_images({o: kind for o, kind in kinds.items() if kind.lower() not in empty}, files)
     return _catalog(files, objects, root, found, category=kinds, split=splits)
 
-# %% ../nbs/01a_formats.ipynb #4fc400b4
+# %% ../nbs/01a_formats.ipynb #79bf5c0a
 def _named(name):
     """(overlap, label) that the last three parts of a file name say, `.0_73.1.jpg`; None when they do not."""
     match = re.fullmatch(r".*\.([01](?:_\d{1,17})?)\.(\d{1,9})\.\w+", PurePosixPath(name).name)
     return (float(match[1].replace("_", ".")), int(match[2])) if match and float(match[1].replace("_", ".")) <= 1 else None
 
-# %% ../nbs/01a_formats.ipynb #dda097ce
+# %% ../nbs/01a_formats.ipynb #8d328ec5
 def read_named(root, label="crack"):
     """Read images whose names end in overlap and label, as `road.12.0_73.1.jpg` (region proposals with IoU 0.73 and label 1).
 
@@ -968,7 +974,7 @@ def read_named(root, label="crack"):
     objects = _whole_images({o: label for o, v in said.items() if v[1]}, files)
     return _catalog(files, objects, root, found, category={o: str(v[1]) for o, v in said.items()}, iou={o: v[0] for o, v in said.items()})
 
-# %% ../nbs/01a_formats.ipynb #7d80aa0e
+# %% ../nbs/01a_formats.ipynb #9f8220ad
 def save(catalog, folder):
     """Write a Catalog to `folder`: images.parquet, objects.parquet, problems.parquet and catalog.json. What was there is replaced.
 
@@ -986,7 +992,7 @@ def save(catalog, folder):
         hashes[name] = sha256_file(path)
     write_json(folder/"catalog.json", {"shipnb_catalog": 1, "root": None if catalog.root is None else Path(catalog.root).absolute(), "sha256": hashes})
 
-# %% ../nbs/01a_formats.ipynb #247f5922
+# %% ../nbs/01a_formats.ipynb #27fc0844
 def load(folder, root=None):
     """Read a Catalog that `save` wrote.
 
@@ -1016,7 +1022,7 @@ def load(folder, root=None):
     if root and not Path(root).is_dir(): raise FileNotFoundError(f"{root}: the images of this Catalog are not there; say where with root=, or root=False")
     return Catalog(tables[0], tables[1], Path(root) if root else None, tables[2])
 
-# %% ../nbs/01a_formats.ipynb #7b36714b
+# %% ../nbs/01a_formats.ipynb #68111d0a
 def _csv_formats(root):
     """{format: path} of the CSV files in a folder, by their columns; the usual names first."""
     out, usual = {}, ("train_ship_segmentations_v2.csv", "train.csv", "annotations.csv")
@@ -1028,7 +1034,7 @@ def _csv_formats(root):
         elif {"image_id", "class", "bounds"} <= columns: out.setdefault("bounds", path)
     return out
 
-# %% ../nbs/01a_formats.ipynb #ad92d6c8
+# %% ../nbs/01a_formats.ipynb #9cc66cea
 def _label_formats(root):
     """{format: label file or None} of what a folder holds."""
     if (root/"catalog.json").is_file(): return {"saved": None}
@@ -1039,7 +1045,7 @@ def _label_formats(root):
     if not out and has_masks: out["masks"] = None
     return out
 
-# %% ../nbs/01a_formats.ipynb #90463c93
+# %% ../nbs/01a_formats.ipynb #9858c764
 READERS = {"airbus": read_airbus, "severstal": read_severstal, "voc": read_voc, "masati": read_voc, "coco": read_coco, "bounds": read_bounds,
            "masks": read_masks, "folders": read_folders, "named": read_named, "saved": load}
 
@@ -1055,7 +1061,7 @@ def _guess(root):
     raise ValueError(f"{root}: its format cannot be told ({len(names)} images, no CSV, JSON, XML or masks that are known); "
                      f"say it with format=, one of {', '.join(READERS)}")
 
-# %% ../nbs/01a_formats.ipynb #9536b452
+# %% ../nbs/01a_formats.ipynb #4d3668df
 def read(folder, format="auto", **options):
     """Read a folder of images and labels, whatever its format.
 

@@ -250,9 +250,9 @@ def test_padded_downsampling_mirrors_image_and_mask_alike(drawn, seed):
     shape, box = drawn
     mask = paint(shape, box)
     image, small = RandomDownsample(p=1, factor=(1.5, 4), seed=seed, keep_size="pad")(grey(mask), mask)
-    wrong = (image[..., 0] > 127) != small.astype(bool)
-    near = ndimage.binary_dilation(small, np.ones((3, 3))) & ~ndimage.binary_erosion(small, np.ones((3, 3)), border_value=1)
-    assert not (wrong & ~near).any()
+    white = image[..., 0].astype(float)
+    clear = np.abs(white - 127.5) > 2                               # nearer to half, rounding to a whole grey decides
+    assert ((white > 127) == small)[clear].all()
 
 
 # ---- boxes and masks through the formats

@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image
 
 from .files import atomic_path, sha256_text
-from .masks import is_empty_rle, rle_area, rle_box, rle_union
+from .masks import is_empty_rle, rle_boxes, rle_union
 
 # %% ../nbs/01_catalog.ipynb #f23d7e32
 MIN_SIDE = 16            # pixels: nothing smaller can hold a ship and its surroundings
@@ -90,6 +90,7 @@ class Catalog:
     images : DataFrame, one row per image: image (file name), height, width (pixels), count (objects), bytes (file size; -1 unknown),
         group (scene; "" unknown), split ("" none).
     objects : DataFrame, one row per object: image, label, rle (1-based, column-major), x0, y0, x1, y1 (pixels, half-open), area (pixels).
+        Where only the box is known, rle is "" and area is the box's.
     root : folder of the image files; None when only labels are at hand.
     problems : DataFrame image, problem, action: what was found wrong and what was done.
     """
@@ -147,9 +148,11 @@ class Catalog(Catalog):
         return dict(zip(rows["image"], rows["problem"]))
 
     def fingerprint(self):
-        """SHA-256 of names, sizes, groups and codes: equal exactly when two Catalogs hold the same labelled images."""
+        """SHA-256 of names, sizes, groups, codes, and boxes where there is no code: equal exactly when two Catalogs hold the same labelled images."""
         images = self.images[["image", "height", "width", "bytes", "group"]].to_csv(index=False)
-        return sha256_text(images + self.objects[["image", "label", "rle"]].to_csv(index=False))
+        plain = self.objects["rle"].map(is_empty_rle).to_numpy(bool)
+        boxes = self.objects.loc[plain, ["x0", "y0", "x1", "y1"]].to_csv(index=False) if plain.any() else ""
+        return sha256_text(images + self.objects[["image", "label", "rle"]].to_csv(index=False) + boxes)
 
 # %% ../nbs/01_catalog.ipynb #40969fd0
 class Catalog(Catalog):
@@ -211,6 +214,29 @@ class Catalog(Catalog):
                               "Size_kb": np.where(sizes >= 0, sizes.round(3), np.nan)})
         with atomic_path(path) as temp: table.to_csv(temp, index=False)
 
+# %% ../nbs/01_catalog.ipynb #a2a2d3be
+class Catalog(Catalog):
+    def to_airbus_csv(self, path):
+        """Write one row per object, as the Airbus challenge does; see `shipnb.formats.to_airbus_csv`."""
+        from shipnb.formats import to_airbus_csv
+        to_airbus_csv(self, path)
+
+    def to_coco(self, path, categories=None):
+        """Write COCO JSON; see `shipnb.formats.to_coco`."""
+        from shipnb.formats import to_coco
+        to_coco(self, path, categories)
+
+    def save(self, folder):
+        """Write everything, extra columns too, to a folder of Parquet files; see `shipnb.formats.save`."""
+        from shipnb.formats import save
+        save(self, folder)
+
+    @staticmethod
+    def load(folder, root=None):
+        """Read what `save` wrote; see `shipnb.formats.load`."""
+        from shipnb.formats import load
+        return load(folder, root)
+
 # %% ../nbs/01_catalog.ipynb #45bc8260
 def _read_table(path, columns):
     """A CSV as text columns; ValueError names the file when it is unreadable or lacks a column."""
@@ -228,6 +254,7 @@ def _read_table(path, columns):
 def _name_problem(name):
     """Why a file name of a label table is refused, or None: only a plain name inside the image folder is accepted."""
     if not name.strip(): return "empty image name"
+    if not any(o in name for o in "/\\:\0") and name not in (".", ".."): return None   # a quarter of a million names: paths are slow to make
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute(): return "absolute path as image name"
     if "/" in name or "\\" in name or name in (".", "..") or "\0" in name: return "image name points outside its folder"
     return None
@@ -247,26 +274,27 @@ def _file_problem(folder, name):
 # %% ../nbs/01_catalog.ipynb #96e40277
 def _clean_rows(table, found):
     """Rows with usable names and without copies; what is left out is added to `found` as (image, problem, action)."""
-    whys = {name: _name_problem(name) for name in table["ImageId"].unique()}
-    found += [(name, why, "quarantined") for name, why in whys.items() if why]
-    table = table[table["ImageId"].map(whys).isna()]
+    bad = {name: why for name in table["ImageId"].unique().tolist() if (why := _name_problem(name))}
+    found += [(name, why, "quarantined") for name, why in bad.items()]
+    if bad: table = table[~table["ImageId"].isin(bad)]
     copies = table.duplicated(["ImageId", "EncodedPixels"])
     found += [(o.ImageId, f"row {o.Index + 2} repeats another row", "copy dropped") for o in table[copies].itertuples()]
     table = table[~copies]
     empty = table["EncodedPixels"].map(is_empty_rle)
-    both = empty & table["ImageId"].isin(set(table["ImageId"][~empty]))
+    full = set(table["ImageId"][~empty])
+    both = empty & np.array([name in full for name in table["ImageId"].tolist()], bool)
     found += [(o.ImageId, f"row {o.Index + 2} says no ship, other rows have ships", "empty row dropped") for o in table[both].itertuples()]
     return table[~both]
 
 # %% ../nbs/01_catalog.ipynb #83346201
 def _read_objects(rows, shapes, found):
     """The objects table from label rows with a code; images with a bad code go to `found`."""
-    out = []
-    for row, name, rle in zip(rows.index, rows["ImageId"], rows["EncodedPixels"]):
-        if name not in shapes: continue
-        try: out.append((name, "ship", rle, *rle_box(rle, shapes[name]), rle_area(rle)))
-        except ValueError as error: found.append((name, f"row {row + 2}: {error}", "quarantined"))
-    return pd.DataFrame(out, columns=OBJECT_COLUMNS)
+    rows = rows[np.array([name in shapes for name in rows["ImageId"].tolist()], bool)]
+    names, codes = rows["ImageId"].tolist(), rows["EncodedPixels"].tolist()
+    boxes, areas, errors = rle_boxes(codes, [shapes[name] for name in names])
+    found += [(names[i], f"row {rows.index[i] + 2}: {why}", "quarantined") for i, why in errors.items()]
+    table = pd.DataFrame({"image": names, "label": "ship", "rle": codes, **dict(zip(("x0", "y0", "x1", "y1"), boxes.T)), "area": areas}, columns=OBJECT_COLUMNS)
+    return table.drop(index=list(errors))
 
 # %% ../nbs/01_catalog.ipynb #f6307955
 def _read_groups(root, labels):
@@ -343,10 +371,9 @@ def _assemble(names, files, objects, groups, folder, found):
     """Tables to Catalog: count objects, add groups, quarantine what was found."""
     bad = {name for name, _, action in found if action == "quarantined"}
     images = pd.DataFrame([(name, *o[:3]) for name, o in zip(names, files)], columns=["image", "height", "width", "bytes"])
-    images = images[~images["image"].isin(bad)]
-    objects = objects[~objects["image"].isin(bad)]
+    if bad: images, objects = (o[~o["image"].isin(bad)] for o in (images, objects))
     images["count"] = images["image"].map(objects["image"].value_counts()).fillna(0).astype(np.int64)
-    images["group"] = [groups.get(o, "") for o in images["image"]]
+    images["group"] = [groups.get(o, "") for o in images["image"].tolist()] if groups else ""
     images["split"] = ""
     problems = pd.DataFrame(found, columns=PROBLEM_COLUMNS)
     if not len(images): raise ValueError(f"no usable image is left: {_first_problems(problems) or 'the label table is empty'}")

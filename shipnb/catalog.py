@@ -348,12 +348,6 @@ def _open_airbus(root, labels=None, images=None):
     return root, labels, folder, _read_table(labels, ["ImageId", "EncodedPixels"])
 
 
-def check_airbus(root):
-    """Raise at once what `read_airbus` would raise for the folder, its CSV and its columns, or when it holds no image of the CSV; no image is opened."""
-    _, labels, folder, table = _open_airbus(root)
-    if set(table["ImageId"]).isdisjoint(os.listdir(folder)): raise ValueError(f"{folder}: holds no image that {labels.name} names; put the images there")
-
-
 def _read_files(folder, names, shape):
     """`_file_problem` of every name; the assumed shape when there is no folder."""
     if folder is None: return [(*shape, -1, None)] * len(names)
@@ -378,3 +372,9 @@ def _assemble(names, files, objects, groups, folder, found):
     problems = pd.DataFrame(found, columns=PROBLEM_COLUMNS)
     if not len(images): raise ValueError(f"no usable image is left: {_first_problems(problems) or 'the label table is empty'}")
     return Catalog(images[IMAGE_COLUMNS], objects, folder, problems)
+
+# %% ../nbs/01_catalog.ipynb #5c0a7e12
+def check_airbus(root):
+    """Raise at once what `read_airbus` would raise for the folder, its CSV or the columns, and when it holds no image of the CSV; no image is opened."""
+    _, labels, folder, table = _open_airbus(root)
+    if set(table["ImageId"]).isdisjoint(os.listdir(folder)): raise ValueError(f"{folder}: holds no image that {labels.name} names; put the images there")

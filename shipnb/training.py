@@ -350,7 +350,7 @@ def make_loaders(catalog, parts, recipe, progress=False):
     Raises ValueError when the training part has no image with ships, or is smaller than one batch.
     """
     train, valid = (catalog.subset(parts == o) for o in ("train", "valid"))
-    if not (train.counts > 0).any(): raise ValueError("the training part has no image with ships: there is nothing to learn from")
+    if not (train.counts > 0).any(): raise ValueError("the training part has no image with ships: there is nothing to learn from; add images with ships, or hold fewer out (valid, folds)")
     size = (recipe.size, recipe.size)
     cache = DecodedCache.open(catalog, size, progress=progress)
     ratios = [None if o < 0 else o for o in (recipe.zero_ships_ratio, recipe.multiple_ships_ratio)]
@@ -426,4 +426,4 @@ def quick_model(data=""):
     catalog = read_airbus(resolve(data) if data else sample())
     parts = split_by(catalog)
     key = QUICK.key(catalog.fingerprint())
-    return build_once(resolve("runs/quick")/key, key, lambda temp: train_model(catalog, parts, QUICK, temp, evaluate_every=QUICK.epochs))/"model"
+    return build_once(resolve("runs/quick")/key, key, lambda temp: train_model(catalog, parts, QUICK, temp, evaluate_every=QUICK.epochs), resume=True)/"model"

@@ -239,6 +239,7 @@ def _read_table(path, columns):
     missing = [o for o in columns if o not in table]
     if not missing and not len(table): raise ValueError(f"{path}: has no rows")
     if missing: raise ValueError(f"{path}: lacks the column {', '.join(missing)}; it has {', '.join(map(str, table.columns[:8]))}")
+    if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path}: its rows have more fields than its header, {', '.join(map(str, table.columns[:8]))}")
     return table
 
 # %% ../nbs/01_catalog.ipynb #0ade9880

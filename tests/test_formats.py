@@ -582,6 +582,17 @@ def test_rows_of_another_length_are_an_error_that_says_where(tmp_path, rows, why
     with pytest.raises(ValueError, match=why): formats.read(steel_folder(tmp_path, "ImageId,ClassId,EncodedPixels\n" + rows))
 
 
+def test_a_table_of_which_no_row_is_usable_is_one_sentence(tmp_path):
+    for text in ("ImageId,ClassId,EncodedPixels\n0.png,9,1 3\n", "EncodedPixels,ImageId_ClassId\n1 3,nonsense\n", 'ImageId_ClassId,EncodedPixels\n"line\nbreak.png_1",1 3\n'):
+        (tmp_path/"s"/"train_images").mkdir(parents=True, exist_ok=True)
+        steel_folder(tmp_path/"s", text, n=0)
+        with pytest.raises(ValueError, match="no usable image is left") as error: formats.read(tmp_path/"s")
+        assert "\n" not in str(error.value)
+    (tmp_path/CSV).write_text("EncodedPixels,ImageId\n1 3,../x.png\n")
+    (tmp_path/"train_v2").mkdir()
+    with pytest.raises(ValueError, match="no usable image is left"): read_airbus(tmp_path)
+
+
 # ---- which format
 
 def test_the_format_is_told_or_asked_for(tmp_path):

@@ -202,7 +202,8 @@ def _reason(error):
 
 def _first_problems(problems, most=3):
     """The first few problems as one line."""
-    return "; ".join(f"{o.image}: {o.problem}" for o in problems.head(most).itertuples()) + ("; ..." if len(problems) > most else "")
+    text = "; ".join(f"{o.image}: {o.problem}" for o in problems.head(most).itertuples()) + ("; ..." if len(problems) > most else "")
+    return " ".join(text.split())   # a name or a cell may hold a line break; an error is one line
 
 # %% ../nbs/01_catalog.ipynb #8b13e5dc
 class Catalog(Catalog):
@@ -238,6 +239,11 @@ class Catalog(Catalog):
         return load(folder, root)
 
 # %% ../nbs/01_catalog.ipynb #45bc8260
+def _columns(table):
+    """The first columns of a table on one line, whatever stands in them."""
+    return " ".join(", ".join(map(str, table.columns[:8])).split())[:200]
+
+
 def _read_table(path, columns):
     """A CSV as text columns; ValueError names the file when it is unreadable or lacks a column."""
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; it must be a CSV with the columns {', '.join(columns)}")
@@ -247,7 +253,8 @@ def _read_table(path, columns):
         raise ValueError(f"{path}: not a readable CSV ({why}); it must be text with the columns {', '.join(columns)}") from error
     missing = [o for o in columns if o not in table]
     if not missing and not len(table): raise ValueError(f"{path}: has no rows; it needs one for each image")
-    if missing: raise ValueError(f"{path}: lacks the column {', '.join(missing)}; it has {', '.join(str(o)[:40] for o in table.columns[:8])}")
+    if missing: raise ValueError(f"{path}: lacks the column {', '.join(missing)}; it has {_columns(table)}")
+    if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path}: its rows have more fields than its header, {_columns(table)}")
     return table
 
 # %% ../nbs/01_catalog.ipynb #0ade9880
@@ -280,7 +287,7 @@ def _clean_rows(table, found):
     copies = table.duplicated(["ImageId", "EncodedPixels"])
     found += [(o.ImageId, f"row {o.Index + 2} repeats another row", "copy dropped") for o in table[copies].itertuples()]
     table = table[~copies]
-    empty = table["EncodedPixels"].map(is_empty_rle)
+    empty = table["EncodedPixels"].map(is_empty_rle).astype(bool)
     full = set(table["ImageId"][~empty])
     both = empty & np.array([name in full for name in table["ImageId"].tolist()], bool)
     found += [(o.ImageId, f"row {o.Index + 2} says no ship, other rows have ships", "empty row dropped") for o in table[both].itertuples()]
@@ -333,7 +340,7 @@ def read_airbus(root, labels=None, images=None, shape=(768, 768)):
     files = _read_files(folder, names, shape)
     found += [(name, why, "quarantined") for name, (*_, why) in zip(names, files) if why]
     shapes = {name: o[:2] for name, o in zip(names, files) if not o[3]}
-    objects = _read_objects(table[~table["EncodedPixels"].map(is_empty_rle)], shapes, found)
+    objects = _read_objects(table[~table["EncodedPixels"].map(is_empty_rle).astype(bool)], shapes, found)
     if folder is not None: _warn_unlabelled(folder, names, labels)
     return _assemble(names, files, objects, _read_groups(root, labels), folder, found)
 

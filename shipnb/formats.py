@@ -8,7 +8,7 @@ __all__ = ['IMAGE_SUFFIXES', 'BOX', 'MAX_XML', 'EMPTY_FOLDERS', 'PLAIN_FOLDERS',
            'to_voc', 'polygon_rle', 'coco_rle', 'rle_coco', 'read_coco', 'to_coco', 'read_bounds', 'read_mask',
            'read_masks', 'to_masks', 'fill_boxes', 'read_folders', 'read_named', 'save', 'load', 'read']
 
-# %% ../nbs/01a_formats.ipynb #76c19c60
+# %% ../nbs/01a_formats.ipynb #9f071c00
 import io
 import json
 import os
@@ -25,7 +25,8 @@ import pandas as pd
 from PIL import Image
 from scipy.io import loadmat
 
-from .catalog import IMAGE_COLUMNS, OBJECT_COLUMNS, PROBLEM_COLUMNS, Catalog, _first_problems, _read_files, _read_table, image_size, read_airbus
+from .catalog import (IMAGE_COLUMNS, OBJECT_COLUMNS, PROBLEM_COLUMNS, Catalog, _columns, _first_problems, _read_files, _read_table, image_size,
+                            read_airbus)
 from .files import atomic_path, atomic_write, read_json, sha256_file, write_json
 from .masks import _merge, _text, encode_instances, is_empty_rle, label_instances, rle_area, rle_boxes, rle_decode, rle_encode, rle_runs, rle_union
 
@@ -152,7 +153,7 @@ def to_airbus_csv(catalog, path):
     table = pd.concat([catalog.objects[["image", "rle"]], empty]).set_axis(["ImageId", "EncodedPixels"], axis=1)
     with atomic_path(path) as temp: table.to_csv(temp, index=False)
 
-# %% ../nbs/01a_formats.ipynb #1f199c31
+# %% ../nbs/01a_formats.ipynb #141320a9
 def _severstal_rows(labels):
     """(table ImageId, ClassId, EncodedPixels as text; True when images without a row have no defect)."""
     table = _read_table(labels, ["EncodedPixels"])
@@ -160,7 +161,7 @@ def _severstal_rows(labels):
         parts = table["ImageId_ClassId"].str.rpartition("_")
         return pd.DataFrame({"ImageId": parts[0], "ClassId": parts[2], "EncodedPixels": table["EncodedPixels"]}), False
     missing = [o for o in ("ImageId", "ClassId") if o not in table]
-    if missing: raise ValueError(f"{labels}: lacks the column {' and '.join(missing)} (or ImageId_ClassId); it has {', '.join(table.columns[:8])}")
+    if missing: raise ValueError(f"{labels}: lacks the column {' and '.join(missing)} (or ImageId_ClassId); it has {_columns(table)}")
     return table[["ImageId", "ClassId", "EncodedPixels"]], True
 
 # %% ../nbs/01a_formats.ipynb #b6493e71
@@ -184,7 +185,7 @@ def _coded_objects(names, labels, codes, wheres, files, found):
     table = pd.DataFrame({"image": names, "label": labels, "rle": codes, **dict(zip(BOX, boxes.T)), "area": areas}, columns=OBJECT_COLUMNS)
     return table.drop(index=list(errors))
 
-# %% ../nbs/01a_formats.ipynb #bea16136
+# %% ../nbs/01a_formats.ipynb #e4ea0cdd
 def read_severstal(root, labels=None, images=None, shape=(256, 1600), classes=4):
     """Read the layout of the Severstal steel challenge (https://www.kaggle.com/c/severstal-steel-defect-detection/data).
 
@@ -212,7 +213,7 @@ def read_severstal(root, labels=None, images=None, shape=(256, 1600), classes=4)
     listed, there = set(rows["ImageId"].tolist()), set() if folder is None else set(image_files(folder))
     if not complete: _warn_left_out(len(there - listed), f"of {folder} have no row in {labels.name}")
     files = _files(folder, sorted(listed | there if complete else listed), found, shape)
-    rows = rows[~rows["EncodedPixels"].map(is_empty_rle)]
+    rows = rows[~rows["EncodedPixels"].map(is_empty_rle).astype(bool)]
     wheres = [f"row {o + 2}" for o in rows.index]
     names = ("defect_" + rows["ClassId"]).tolist()
     objects = _coded_objects(rows["ImageId"].tolist(), names, rows["EncodedPixels"].tolist(), wheres, files, found)

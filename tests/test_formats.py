@@ -561,19 +561,36 @@ def test_a_million_damaged_rows_are_a_report_in_bounded_time_and_memory(tmp_path
     assert {"../x.jpg", "/etc/passwd", "C:\\x.jpg"} <= set(catalog.problems["image"]) and not catalog.images["image"].str.contains("/", regex=False).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_random_bytes_in_a_table_never_escape(tmp_path_factory, data):
     """Bytes of a good CSV are replaced at random: the answer is a Catalog or a ValueError of one line."""
     root = tmp_path_factory.mktemp("fuzz")
     text = bytearray(b"ImageId,ClassId,EncodedPixels\n0.png,1,1 3\n1.png,2,30 4 50 6\n2.png,3,7 1\n")
-    for _ in range(data.draw(st.integers(1, 8))): text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    byte = st.one_of(st.integers(0, 255), st.sampled_from(list(b',"\n\r\0 19')))
+    for _ in range(data.draw(st.integers(1, 8))): text[data.draw(st.integers(0, len(text) - 1))] = data.draw(byte)
     steel_folder(root, bytes(text))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: catalog = formats.read_severstal(root)
         except ValueError as error: assert "\n" not in str(error) and ("train.csv" in str(error) or "no usable" in str(error))
         else: assert set(catalog.images["image"]) <= {"0.png", "1.png", "2.png"}
+
+
+@pytest.mark.parametrize("rows,why", [("0.png,1,1 3,\n", "more fields than its header"), ("0.png,1,1 3,9 9\n", "more fields"), ("0.png,1,1 3\n1.png,2,3 4,5\n", "Expected 3 fields in line 3, saw 4")])
+def test_rows_of_another_length_are_an_error_that_says_where(tmp_path, rows, why):
+    with pytest.raises(ValueError, match=why): formats.read(steel_folder(tmp_path, "ImageId,ClassId,EncodedPixels\n" + rows))
+
+
+def test_a_table_of_which_no_row_is_usable_is_one_sentence(tmp_path):
+    for text in ("ImageId,ClassId,EncodedPixels\n0.png,9,1 3\n", "EncodedPixels,ImageId_ClassId\n1 3,nonsense\n", 'ImageId_ClassId,EncodedPixels\n"line\nbreak.png_1",1 3\n'):
+        (tmp_path/"s"/"train_images").mkdir(parents=True, exist_ok=True)
+        steel_folder(tmp_path/"s", text, n=0)
+        with pytest.raises(ValueError, match="no usable image is left") as error: formats.read(tmp_path/"s")
+        assert "\n" not in str(error.value)
+    (tmp_path/CSV).write_text("EncodedPixels,ImageId\n1 3,../x.png\n")
+    (tmp_path/"train_v2").mkdir()
+    with pytest.raises(ValueError, match="no usable image is left"): read_airbus(tmp_path)
 
 
 # ---- which format

@@ -173,10 +173,12 @@ PARAMETER_FILES = sorted((NBS/"params").glob("*.yaml"))
 def test_parameter_files_name_only_what_their_notebook_knows(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     notebook = runs.overrides_notebook(path)
-    assert notebook, "the first line must be: # notebook: NAME"
-    values = runs.read_overrides(path, notebook)
-    parameters = runs.read_parameters(runs.find_notebook(notebook))
-    assert values and runs.check_parameters(parameters, values)
-    bare = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"\w+:", line) and "#" not in line]
+    if notebook:
+        values = runs.read_overrides(path, notebook)
+        assert values and runs.check_parameters(runs.read_parameters(runs.find_notebook(notebook)), values)
+    else:
+        assert path.read_text(encoding="utf-8").startswith("# study: "), "the first line must be: # notebook: NAME, or # study: WHAT"
+        assert sum(bool(step.given) for step in runs.study_plan(files=[str(path)])) > 1, "a file for one notebook names it in its first line"
+    bare = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"\s*\w+:\s*\S", line) and "#" not in line]
     assert not bare, f"every override gives its reason: {bare}"
     assert yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -553,10 +553,10 @@ def damaged_rows(n, seed=0):
 def test_a_million_damaged_rows_are_a_report_in_bounded_time_and_memory(tmp_path):
     table = damaged_rows(1_000_000)
     table.to_csv(tmp_path/"labels.csv", index=False)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     catalog = read_airbus(tmp_path, tmp_path/"labels.csv", images=False)
-    seconds, grown = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert seconds < 60 and grown < 2.5e6                            # kB
+    seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert seconds < 40 and grown < 2e6                              # 10 s of processor time when nothing else runs; kB
     assert len(catalog) > 850_000 and len(catalog) + catalog.problems["image"].nunique() >= 900_000
     assert {"../x.jpg", "/etc/passwd", "C:\\x.jpg"} <= set(catalog.problems["image"]) and not catalog.images["image"].str.contains("/", regex=False).any()
 
@@ -675,8 +675,8 @@ def test_the_full_size_of_the_airbus_table(real_data, tmp_path):
     ships = part[part["EncodedPixels"] != ""]
     more = pd.concat([ships.assign(ImageId=f"{k}_" + ships["ImageId"]) for k in range(2)])[:231_723 - len(part)]
     pd.concat([part, more]).to_csv(tmp_path/"labels.csv", index=False)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     catalog = read_airbus(tmp_path, tmp_path/"labels.csv", images=False)
-    seconds, grown = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert seconds < 15 and grown < 1e6                              # 3.5 s on one core beside other work; kB
+    seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert seconds < 5 and grown < 1e6                               # 2 to 3 s of processor time; kB
     assert len(catalog.objects) == len(ships) + len(more) and len(catalog.problems) == 0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from shipnb.catalog import read_airbus
-from shipnb.overlaps import (PAIR_COLUMNS, Forest, candidates, cut_tiles, fine_texture, live_blocks, make_mosaic, make_overlapping_fleet, overlap_groups, overlap_pairs, pairs_of, place_windows,
+from shipnb.overlaps import (PAIR_COLUMNS, Forest, Tiles, alike_tiles, candidates, cut_tiles, fine_texture, live_blocks, make_mosaic, make_overlapping_fleet, overlap_groups, overlap_pairs, pairs_of, place_windows,
                              read_half, shared_tiles, signature, texture_correlation, tile_keys, tile_signatures, unconfirmed_pairs)
 from shipnb.splits import folds, leak_meter, split
 import shipnb.splits
@@ -244,6 +244,25 @@ def test_a_split_by_group_does_not_leak_and_a_random_one_does(fleet):
     assert leak_meter(plain, split(plain, 0.3), pairs)["share"]["valid"] > 0.4
     assert leak_meter(grouped, split(grouped, 0.3), pairs)["share"]["valid"] == 0
     assert (leak_meter(grouped, folds(grouped, 3), pairs)["share"] == 0).all()
+
+def test_alike_tiles_against_all_pairs(fleet):
+    """What the keys bring together is what comparing every tile with every other one would find, but for a tenth or so at mixed qualities (the plan makes up for it)."""
+    catalog, _ = fleet
+    tiles = tile_signatures(catalog)
+    code = tiles.code.astype(np.float64)
+    code /= np.linalg.norm(code, axis=1, keepdims=True)
+    brute = {(int(a), int(b)) for a, b in np.argwhere(np.triu(code @ code.T, 1) >= 0.7) if tiles.image[a] != tiles.image[b]}
+    found = list(map(tuple, alike_tiles(tiles).tolist()))
+    assert found == sorted(set(found)) and set(found) <= brute and len(found) >= 0.8 * len(brute)
+
+
+def test_a_crowd_of_equal_tiles_stays_linear():
+    n = 600
+    code = np.tile(np.random.default_rng(0).integers(-60, 60, 160).astype(np.int8), (n, 1))
+    one = np.zeros(n, np.int32)
+    tiles = Tiles(np.array([f"{i:05d}" for i in range(n)]), np.arange(n, dtype=np.int32), one, one, code, np.full((n, 2), 3, np.int32))
+    pairs = alike_tiles(tiles)
+    assert len(pairs) <= 16 * n and set(np.unique(pairs)) == set(range(n))
 
 
 # --- real windows

@@ -264,9 +264,9 @@ MOST, ALIKE, NEAREST = 256, 0.4, 16   # comparisons a tile and key; correlation 
 
 
 def tile_keys(words):
-    """Return the keys of words, int16 (n, 6): int64 (n, 20), one for every three of the six."""
-    first, second, third = words.astype(np.int64)[:, np.array(list(itertools.combinations(range(STRONGEST), 3)))].transpose(2, 0, 1)
-    return (first << 32) + (second << 16) + third
+    """Return the keys of words, int16 (n, 6): int32 (n, 15), one for every two of the six."""
+    first, second = words.astype(np.int32)[:, np.array(list(itertools.combinations(range(STRONGEST), 2)))].transpose(2, 0, 1)
+    return (first << 13) + second      # words are below 6,080
 
 # %% ../nbs/03a_overlaps.ipynb #0e334dd3
 def _compare(tiles, a, b):

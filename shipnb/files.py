@@ -62,7 +62,7 @@ def atomic_path(path):
     finally:
         Path(name).unlink(missing_ok=True)
 
-
+# %% ../nbs/00a_files.ipynb #9af548d9
 def _write_error(error, path, temp):
     """What a failed write of `path` raises: an OSError names `path` itself, and a full disk is one whatever the writer called it."""
     if isinstance(error, OSError):
@@ -161,7 +161,7 @@ def build_once(folder, key, make, resume=False, replace=True):
             if not resume: shutil.rmtree(temp, ignore_errors=True)
     return folder
 
-
+# %% ../nbs/00a_files.ipynb #1432636e
 def _built_key(folder, mark=".built"):
     """The key a folder was built for, or None when `build_once` did not make it."""
     mark = Path(folder)/mark

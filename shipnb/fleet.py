@@ -254,7 +254,7 @@ def _whitecaps(rng, look, scene, water):
         streak = _box((x, y), (1.5 + rng.exponential(2.5), rng.uniform(0.8, 2.4)), look.wind + np.pi / 2 + rng.normal(0, 0.5))
         _fill(scene, streak, (behind + foam * (np.array((232, 236, 236)) - behind)).tolist())
 
-
+# %% ../nbs/02_fleet.ipynb #fb6e65c0
 def _buoys(rng, scene, water):
     start, step = rng.uniform(0, SCENE[::-1]), rng.normal(0, 30, 2)
     for k in range(rng.integers(3, 24)):
@@ -284,7 +284,7 @@ def _reef(rng, scene, water):
 
 # %% ../nbs/02_fleet.ipynb #915e7b93
 FINE = 3   # sub-pixels per pixel and axis
-VISIBLE = 0.35, 0.95   # how much of a hull's difference from the water around it is left by air and sensor; fitted to the contrast of 227 real ships
+VISIBLE = 0.35, 0.95   # how much of a hull's difference from the water around it is left by air and sensor; set by eye, to bring the contrast nearer to that of 227 real ships (below)
 HULLS = np.array([(126, 48, 40), (38, 42, 48), (60, 66, 76), (30, 52, 84), (150, 60, 44), (52, 78, 66), (176, 172, 164), (98, 88, 76), (24, 26, 30), (214, 212, 206)], np.float32)
 BOXES = np.array([(180, 70, 55), (60, 90, 140), (200, 196, 186), (90, 130, 90), (190, 150, 70), (110, 60, 55), (70, 74, 84), (210, 120, 60)], np.float32)
 

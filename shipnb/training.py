@@ -149,7 +149,7 @@ class Learner:
         """The module that is evaluated and kept: the moving average of the weights if there is one, else the model."""
         return self.model.module if self.ema is None else self.ema.module
 
-
+# %% ../nbs/20_training.ipynb #16313f14
 def _live():
     """Whether a person watches: a terminal, or a kernel that JupyterLab started. Saved outputs hold no progress bars."""
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
@@ -389,7 +389,7 @@ def curves(history):
         if name in table: axes[0].plot(table["epoch"], table[name].interpolate(), label=label)
     for name, label in (("dice_with", "images with ships"), ("dice_without", "images without"), ("dice", "all images")):
         if name in table: axes[1].plot(table["epoch"], table[name].interpolate(), label=label)
-    axes[0].set(xlabel="epoch", ylabel="loss")
+    axes[0].set(xlabel="epoch", ylabel="loss", yscale="log")   # the first validation losses can be a hundred times the last ones
     axes[1].set(xlabel="epoch", ylabel="Dice at p >= 0.5, validation", ylim=(0, 1))
     for axis in axes: axis.legend(fontsize=8)
     return fig

@@ -243,6 +243,7 @@ def _segments(starts, lengths, height):
     """Runs cut at the column ends: (column, first row, row after the last) of each piece."""
     first = starts // height
     pieces = (starts + lengths - 1) // height - first + 1
+    if (pieces == 1).all(): return first, starts - first * height, starts + lengths - first * height   # nearly always
     run = np.repeat(np.arange(len(starts)), pieces)
     column = first[run] + np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     y0 = np.maximum(starts[run] - column * height, 0)
@@ -261,11 +262,11 @@ def _coverage(starts, lengths, shape, size):
     cell = np.concatenate([a, a + 1, b, b + 1]) - top
     part, rest = (a + 1) * H - y0 * h, y1 * h - b * H
     # differences down the rows: `part` in row a, whole pixels (H) between, `rest` in row b
-    step = np.concatenate([part, H - part, rest - H, -rest])
-    cell = cell * cols + np.tile(c - left, 4)
-    counts = (np.bincount(cell + i, step * np.tile(o, 4), rows * cols + 1)[:rows * cols] for i, o in ((0, near), (1, w - near)))
-    box = sum(counts).reshape(rows, cols).cumsum(axis=0)
-    return np.rint(box).astype(np.int64)[:h - top, :w - left], top, left
+    step = np.concatenate([part, H - part, rest - H, -rest]).reshape(4, -1)
+    cell = cell.reshape(4, -1) * cols + (c - left)
+    cells, steps = np.concatenate([cell, cell + 1], axis=None), np.concatenate([step * near, step * (w - near)], axis=None)
+    box = np.bincount(cells, steps, rows * cols + 1)[:rows * cols].reshape(rows, cols).cumsum(axis=0)   # whole numbers below 2^53: exact
+    return box[:h - top, :w - left].astype(np.int64), top, left
 
 # %% ../nbs/00_masks.ipynb #3074406a
 def _check_size(shape, size):
@@ -329,18 +330,25 @@ def render_mask(rles, shape, size):
     shape, size = _check_size(shape, size)
     runs = [o for o in (rle_runs(rle, shape) for rle in rles) if len(o[0])]
     if not runs: return np.zeros(size, np.uint8)
-    total, best = np.zeros(size, np.int64), []
-    for run in runs:
-        box, top, left = _coverage_box(run, shape, size)
-        total[top:top + box.shape[0], left:left + box.shape[1]] += box
-        row, column = np.divmod(box.argmax(), box.shape[1])
-        best.append((top + row, left + column))
+    boxes = [_coverage_box(run, shape, size) for run in runs]
+    mask = np.zeros(size, np.uint8)
+    for total, top, left in boxes if len(runs) == 1 else [_sum_of_boxes(runs, boxes, shape, size)]:
+        mask[top:top + total.shape[0], left:left + total.shape[1]] = 2 * total >= shape[0] * shape[1]
+    for box, top, left in boxes:
+        row, column = divmod(int(box.argmax()), box.shape[1])
+        mask[top + row, left + column] = 1
+    return mask
+
+
+def _sum_of_boxes(runs, boxes, shape, size):
+    """Coverage by several objects, as `_coverage_box`, on the smallest box around theirs; where they overlap a pixel counts once."""
     starts, lengths = (np.concatenate([o[i] for o in runs]) for i in (0, 1))
     union = _merge(starts, lengths)
-    if union[1].sum() < lengths.sum(): total = np.rint(rle_coverage(_text(*union), shape, size).astype(np.float64) * (shape[0] * shape[1]))
-    mask = (2 * total >= shape[0] * shape[1]).astype(np.uint8)
-    mask[tuple(np.transpose(best))] = 1
-    return mask
+    if union[1].sum() < lengths.sum(): return _coverage_box(union, shape, size)
+    top, left = min(o[1] for o in boxes), min(o[2] for o in boxes)
+    total = np.zeros((max(t + o.shape[0] for o, t, _ in boxes) - top, max(c + o.shape[1] for o, _, c in boxes) - left), np.int64)
+    for box, t, c in boxes: total[t - top:t - top + box.shape[0], c - left:c - left + box.shape[1]] += box
+    return total, top, left
 
 # %% ../nbs/00_masks.ipynb #087fa177
 def scale_boxes(boxes, shape, size):

@@ -252,7 +252,7 @@ def _segments(starts, lengths, height):
 
 # %% ../nbs/00_masks.ipynb #b969699d
 def _coverage(starts, lengths, shape, size):
-    """Coverage of the runs in units of 1 / (height * width) small pixels: int64 box and its top-left (row, column) on the small grid."""
+    """Coverage of the runs in units of 1 / (height * width) small pixels: box of whole numbers (float64) and its top-left (row, column) on the small grid."""
     (H, W), (h, w) = shape, size
     x, y0, y1 = _segments(starts, lengths, H)
     a, b, c = y0 * h // H, y1 * h // H, x * w // W
@@ -264,9 +264,10 @@ def _coverage(starts, lengths, shape, size):
     # differences down the rows: `part` in row a, whole pixels (H) between, `rest` in row b
     step = np.concatenate([part, H - part, rest - H, -rest]).reshape(4, -1)
     cell = cell.reshape(4, -1) * cols + (c - left)
-    cells, steps = np.concatenate([cell, cell + 1], axis=None), np.concatenate([step * near, step * (w - near)], axis=None)
+    cells, steps = cell.ravel(), (step * near).ravel()
+    if W % w: cells, steps = np.append(cells, cells + 1), np.append(steps, step * (w - near))   # a pixel may lie in two small columns
     box = np.bincount(cells, steps, rows * cols + 1)[:rows * cols].reshape(rows, cols).cumsum(axis=0)   # whole numbers below 2^53: exact
-    return box[:h - top, :w - left].astype(np.int64), top, left
+    return box[:h - top, :w - left], top, left
 
 # %% ../nbs/00_masks.ipynb #3074406a
 def _check_size(shape, size):
@@ -346,7 +347,7 @@ def _sum_of_boxes(runs, boxes, shape, size):
     union = _merge(starts, lengths)
     if union[1].sum() < lengths.sum(): return _coverage_box(union, shape, size)
     top, left = min(o[1] for o in boxes), min(o[2] for o in boxes)
-    total = np.zeros((max(t + o.shape[0] for o, t, _ in boxes) - top, max(c + o.shape[1] for o, _, c in boxes) - left), np.int64)
+    total = np.zeros((max(t + o.shape[0] for o, t, _ in boxes) - top, max(c + o.shape[1] for o, _, c in boxes) - left))
     for box, t, c in boxes: total[t - top:t - top + box.shape[0], c - left:c - left + box.shape[1]] += box
     return total, top, left
 

@@ -213,7 +213,9 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path/"evil").exists()
 
 
-def test_the_second_signal_ends_at_once():
+def test_the_second_signal_ends_at_once(request):
+    # a shell starts background jobs with SIGINT ignored, and Python then keeps it so; here the usual handler is meant
+    request.addfinalizer(lambda old=signal.signal(signal.SIGINT, signal.default_int_handler): signal.signal(signal.SIGINT, old))
     with pytest.raises(KeyboardInterrupt):
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGINT)

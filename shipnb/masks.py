@@ -28,8 +28,12 @@ def _refuse(rle, why):
     raise ValueError(f"run-length code '{text if len(text) <= 40 else text[:37] + '...'}': {why}")
 
 # %% ../nbs/00_masks.ipynb #22c301a9
+_CLEAN_CODE = re.compile(r"(?:[0-9]{1,18} [0-9]{1,18} )*[0-9]{1,18} [0-9]{1,18}")   # at most 18 digits: below 2^63
+
+
 def _parse(rle):
     """The code's numbers as (n, 2) int64 pairs of 1-based start and length."""
+    if isinstance(rle, str) and _CLEAN_CODE.fullmatch(rle): return np.fromstring(rle, np.int64, sep=" ").reshape(-1, 2)   # a third of the time
     if not isinstance(rle, str): _refuse(rle, f"is a {type(rle).__name__}, not text")
     if not rle.isascii() or "_" in rle: _refuse(rle, "holds something that is not a whole number")
     try: values = np.array([int(o) for o in rle.split()], np.int64)
@@ -38,6 +42,13 @@ def _parse(rle):
     return values.reshape(-1, 2)
 
 # %% ../nbs/00_masks.ipynb #bbea00b3
+def _in_order(starts, lengths, size):
+    """Say whether all runs are at least 1 long, sorted, disjoint and inside, as nearly every code is; False, too, where a sum could pass 2^63."""
+    if starts[0] < 0 or lengths.min() < 1 or max(starts.max(), lengths.max()) >= 2**62: return False
+    ends = starts + lengths
+    return bool(ends[-1] <= size and (starts[1:] >= ends[:-1]).all())
+
+
 def rle_runs(rle, shape=None):
     """Return the runs of a run-length code, checked and sorted.
 
@@ -58,10 +69,11 @@ def rle_runs(rle, shape=None):
     """
     if is_empty_rle(rle): return np.zeros(0, np.int64), np.zeros(0, np.int64)
     pairs = _parse(rle)
+    size = np.iinfo(np.int64).max if shape is None else int(shape[0]) * int(shape[1])
     starts, lengths = pairs[:, 0] - 1, pairs[:, 1]
+    if _in_order(starts, lengths, size): return starts, lengths
     if (starts < 0).any(): _refuse(rle, f"starts at {starts.min() + 1}; the first pixel is 1")
     if (lengths < 1).any(): _refuse(rle, f"has a run of length {lengths.min()}; the shortest is 1")
-    size = np.iinfo(np.int64).max if shape is None else int(shape[0]) * int(shape[1])
     if (lengths > size - starts).any(): _refuse(rle, f"has a run beyond the last pixel, {size}" + ("" if shape is None else f" of {tuple(shape)}"))
     if (starts[1:] < starts[:-1]).any():
         order = np.argsort(starts, kind="stable")
@@ -173,9 +185,6 @@ def rle_box(rle, shape=(768, 768)):
     return int(starts[0] // shape[0]), y0, int(last[-1] // shape[0]) + 1, y1
 
 # %% ../nbs/00_masks.ipynb #e3409725
-_CLEAN_CODE = re.compile(r"(?:[0-9]{1,18} [0-9]{1,18} )*[0-9]{1,18} [0-9]{1,18}")   # at most 18 digits: below 2^63
-
-
 def _fast_boxes(rles, heights, sizes):
     """Boxes (n, 4) and areas (n,) of codes that match `_CLEAN_CODE`, and bool (n,): runs sorted, disjoint and inside. Where False the numbers mean nothing."""
     counts = np.array([o.count(" ") + 1 for o in rles]) // 2

@@ -32,7 +32,7 @@ from .catalog import read_airbus
 from .dataset import DecodedCache, SegmentationDataset, make_loader
 from .files import atomic_path, atomic_write, build_once, keep_freed_memory, resolve, sha256_file, sha256_text
 from .fleet import sample
-from .models import build_unet, load_model, save_model
+from .models import DECODER, build_unet, load_model, save_model
 from .sampler import ShipStratifiedSampler
 from .splits import folds as make_folds
 from .splits import split as make_split
@@ -307,6 +307,7 @@ class Recipe:
     """How a segmenter is trained; every field is a parameter of this notebook."""
     size: int = 256                     # pixels, side of the network's input
     encoder: str = "resnet18"
+    decoder: list = field(default_factory=lambda: list(DECODER))   # channels of its five levels, the deepest first
     encoder_weights: str = "none"       # "none", "imagenet" or a file
     loss: dict = field(default_factory=lambda: {"bce": 1.0, "dice_with": 1.0})
     optimiser: str = "adam"
@@ -360,11 +361,20 @@ def make_loaders(catalog, parts, recipe, progress=False):
     return make_loader(dataset, sampler, seed=recipe.seed), make_loader(SegmentationDataset(valid, size, cache), batch_size=recipe.batch_size)
 
 # %% ../nbs/20_training.ipynb #04269593
+def _first_model(recipe):
+    """The model that training starts from: a folder's, or a new one. ValueError when the folder's is built otherwise than the recipe says."""
+    if not recipe.init: return build_unet(recipe.encoder, recipe.encoder_weights, prior=recipe.prior, decoder=recipe.decoder)
+    model, card = load_model(resolve(recipe.init))
+    found, asked = (card["encoder"], list(card.get("decoder", DECODER))), (recipe.encoder, list(recipe.decoder))
+    if found != asked: raise ValueError(f"init: {recipe.init} has encoder {found[0]} and decoder {found[1]}, the recipe {asked[0]} and {asked[1]}; make them equal")
+    return model.train()
+
+
 def make_learner(recipe, steps_per_epoch, folder=None, key="", device="auto"):
     """Return a Learner for a recipe; `steps_per_epoch` counts batches."""
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    model = load_model(resolve(recipe.init))[0].train() if recipe.init else build_unet(recipe.encoder, recipe.encoder_weights, prior=recipe.prior)
+    model = _first_model(recipe)
     opt = make_optimiser(recipe.optimiser, model, recipe.lr, recipe.weight_decay)
     sched = make_schedule(recipe.schedule, opt, recipe.epochs * -(-steps_per_epoch // recipe.accumulate))
     return Learner(model, segmentation_task(recipe.loss), opt, sched, folder, recipe.precision, recipe.accumulate, recipe.clip or None, device, key, ema=recipe.ema)
@@ -375,7 +385,7 @@ def make_card(catalog, parts, recipe, learner):
     shapes = catalog.images[["height", "width"]].value_counts()
     valid = catalog.images["image"][parts == "valid"].tolist()
     versions = dict(python=sys.version.split()[0], shipnb=shipnb.__version__, torch=torch.__version__)
-    return dict(architecture="unet", encoder=recipe.encoder, classes=1, in_channels=3, size=[recipe.size] * 2, window=[int(o) for o in shapes.index[0]],
+    return dict(architecture="unet", encoder=recipe.encoder, decoder=list(recipe.decoder), classes=1, in_channels=3, size=[recipe.size] * 2, window=[int(o) for o in shapes.index[0]],
                 training=asdict(recipe) | {"epochs_done": learner.epoch, "device": str(learner.fabric.device), "minutes": round(sum(o["seconds"] for o in learner.history) / 60, 2)},
                 data={"fingerprint": catalog.fingerprint(), "images": len(catalog), "valid": valid},
                 metrics={f"{k}@{recipe.size}": v for k, v in learner.history[-1].items() if k not in ("epoch", "lr", "seconds")}, versions=versions)

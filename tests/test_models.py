@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shipnb.models import build_unet, load_card, load_model, save_model
+from shipnb.models import DECODER, build_unet, load_card, load_model, save_model
 
 CARD = dict(architecture="unet", encoder="resnet18", classes=1, in_channels=3, size=[64, 64], window=[96, 96])
 
@@ -23,6 +23,16 @@ def test_a_folder_is_a_model(model, tmp_path):
     assert card == CARD and not again.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     assert sorted(o.name for o in (tmp_path/"m").iterdir()) == ["card.json", "model.safetensors"]
+
+
+def test_a_narrow_decoder_comes_back(tmp_path):
+    narrow = build_unet(decoder=[16, 8, 8, 4, 4]).eval()
+    assert [o.conv2[0].out_channels for o in narrow.decoder.blocks] == [16, 8, 8, 4, 4]
+    save_model(tmp_path/"m", narrow, CARD | {"decoder": [16, 8, 8, 4, 4]})
+    again, x = load_model(tmp_path/"m")[0], torch.randn(1, 3, 64, 64)
+    with torch.inference_mode(): assert torch.equal(again(x), narrow(x))
+    save_model(tmp_path/"m", narrow, CARD | {"decoder": list(DECODER)})
+    with pytest.raises(ValueError, match="does not fit its card"): load_model(tmp_path/"m")
 
 
 def test_channels_last_weights_are_saved(model, tmp_path):

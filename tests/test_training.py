@@ -236,6 +236,13 @@ def test_training_goes_on_from_a_model_folder(tmp_path):
     assert Recipe(init=str(tmp_path)).key("a") != key, "other weights are another configuration"
 
 
+def test_a_start_built_otherwise_is_refused(tmp_path):
+    from shipnb.models import build_unet, save_model
+    save_model(tmp_path, build_unet(decoder=[16, 8, 8, 4, 4]), dict(architecture="unet", encoder="resnet18", decoder=[16, 8, 8, 4, 4], classes=1, in_channels=3, size=[256, 256], window=[768, 768]))
+    with pytest.raises(ValueError, match="make them equal"): make_learner(Recipe(init=str(tmp_path)), 1)
+    assert make_learner(Recipe(init=str(tmp_path), decoder=[16, 8, 8, 4, 4]), 1).model.module.decoder.blocks[0].conv2[0].out_channels == 16
+
+
 def test_the_notebook_s_defaults_are_the_recipe_s():
     """What a parameter file leaves out must mean the same to `shipnb run training` and to a study that reads it as a Recipe."""
     found = {name: o.default for name, o in read_parameters(Path(__file__).parents[1]/"nbs"/"20_training.ipynb").items()}

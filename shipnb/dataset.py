@@ -151,19 +151,22 @@ class SegmentationDataset:
     crop : int, side of the random square cut from each image, pixels; 0 takes the whole.
     crop_on_ship : probability 0..1 that a crop of an image with ships holds a ship pixel.
     transform : transform called with image= and mask= (`shipnb.augment.preset`), or None; applied last.
+    ships_threshold_for_add_augs : int >= 0, `transform` is for images with at least this many ships (the native label's count); 0 is all images.
     seed : int; augmentation is a function of (seed, epoch, position).
 
     An item is a dict: image uint8 (h, w, 3), mask uint8 (h, w), index int, has_ship bool (from the native label).
     """
 
-    def __init__(self, catalog, size=(256, 256), cache=None, augment="none", crop=0, crop_on_ship=0.0, transform=None, seed=0):
+    def __init__(self, catalog, size=(256, 256), cache=None, augment="none", crop=0, crop_on_ship=0.0, transform=None, seed=0, ships_threshold_for_add_augs=0):
         if augment not in TURNS: raise ValueError(f"unknown augment '{augment}'; known are {', '.join(TURNS)}")
         if augment == "d4" and size[0] != size[1]: raise ValueError(f"quarter turns need a square size, not {tuple(size)}; use 'flips'")
         if not 0 <= crop <= min(size): raise ValueError(f"crop must lie between 0 and the size {tuple(size)}, not {crop}")
+        if ships_threshold_for_add_augs < 0: raise ValueError(f"ships_threshold_for_add_augs must be >= 0, not {ships_threshold_for_add_augs}")
         if cache is not None and tuple(cache.size) != tuple(size): raise ValueError(f"the cache holds {tuple(cache.size)} pixels, asked are {tuple(size)}")
         self.catalog, self.size, self.cache, self.augment, self.transform, self.seed = catalog, tuple(size), cache, augment, transform, seed
         self.crop, self.crop_on_ship, self.shape = crop, crop_on_ship, (crop, crop) if crop else tuple(size)
         self.epoch, self.counts = 0, catalog.counts
+        self.ships_threshold_for_add_augs = ships_threshold_for_add_augs
         if cache is not None:
             missing = [o for o in catalog.images["image"] if o not in cache.names]
             if missing: raise ValueError(f"the cache lacks {len(missing)} images of the Catalog, the first is {missing[0]}")
@@ -185,7 +188,7 @@ class SegmentationDataset(SegmentationDataset):
             img, msk = img[y:y + self.crop, x:x + self.crop], msk[y:y + self.crop, x:x + self.crop]
         code = _turn_code(self.augment, rng)
         img, msk = turn(img, code), turn(msk, code)
-        if self.transform is None: return img, msk
+        if self.transform is None or self.counts[i] < self.ships_threshold_for_add_augs: return img, msk
         self.transform.set_random_seed(int(rng.integers(2**31)))
         out = self.transform(image=np.ascontiguousarray(img), mask=np.ascontiguousarray(msk))
         return out["image"], out["mask"]

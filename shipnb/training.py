@@ -329,6 +329,7 @@ class Recipe:
     ema: float = 0.0                    # decay of the moving average of the weights; 0 is none
     init: str = ""                      # model folder whose weights it starts from; "" starts from scratch
     prior: float = 0.01                 # probability of a ship that an untrained model gives to every pixel
+    ships_threshold_for_add_augs: int = 0   # ships an image must have to get the preset; 0 is every image
 
     def key(self, fingerprint):
         """Hash of the recipe, the weights it starts from, and the data it is for. What is left at its default is not part of it, so that a new field changes no key."""
@@ -357,7 +358,8 @@ def make_loaders(catalog, parts, recipe, progress=False):
     ratios = [None if o < 0 else o for o in (recipe.zero_ships_ratio, recipe.multiple_ships_ratio)]
     sampler = ShipStratifiedSampler(train.counts, recipe.batch_size, *ratios, seed=recipe.seed)
     transform = None if recipe.preset == "none" else preset(recipe.preset)
-    dataset = SegmentationDataset(train, size, cache, recipe.augment, recipe.crop, recipe.crop_on_ship, transform, recipe.seed)
+    dataset = SegmentationDataset(train, size, cache, recipe.augment, recipe.crop, recipe.crop_on_ship, transform, recipe.seed,
+                                  recipe.ships_threshold_for_add_augs)
     return make_loader(dataset, sampler, seed=recipe.seed), make_loader(SegmentationDataset(valid, size, cache), batch_size=recipe.batch_size)
 
 # %% ../nbs/20_training.ipynb #04269593

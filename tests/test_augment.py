@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 
-from shipnb.augment import A, PRESETS, SOURCE, Pipeline, RandomDownsample, preset
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from shipnb.augment import A, PRESETS, SOURCE, Pipeline, RandomDownsample, preset, turn_boxes
+from shipnb.catalog import read_airbus
+from shipnb.dataset import SegmentationDataset, turn
+from shipnb.fleet import sample
+from shipnb.training import Recipe
 
 GEOMETRIC = ["flips", "d4", "shift_scale_rotate", "elastic", "optical_distortion"]
 RADIOMETRIC = ["gaussian_blur", "gauss_noise", "color_jitter", "cutout", "none"]
@@ -231,14 +239,14 @@ def test_factor_and_probability_are_as_asked():
     assert 1.49 < acted.min() < 1.6 and 3.85 < acted.max() < 4.02 and abs(acted.mean() - 2.75) < 0.25
 
 
-def test_keep_size_pad_is_the_small_picture_mirrored_outwards():
+def test_output_pad_is_the_small_picture_mirrored_outwards():
     rng = np.random.default_rng(1)
     mask = np.zeros((80, 64), np.uint8)
     mask[20:40, 30:50] = 1
     img = np.dstack([mask * 200] * 3) + rng.integers(0, 30, (80, 64, 3), np.uint8)
     places = set()
     for seed in range(20):
-        t = RandomDownsample(p=1, factor=(2, 2), seed=seed, keep_size="pad")
+        t = RandomDownsample(p=1, factor=(2, 2), seed=seed, output="pad")
         out_img, out_mask = t(img, mask)
         assert out_img.shape == img.shape and out_mask.shape == mask.shape
         assert ((out_img.mean(2) > 100) == out_mask.astype(bool)).mean() > 0.98           # ships and their mirror images are where the mask says
@@ -250,11 +258,11 @@ def test_keep_size_pad_is_the_small_picture_mirrored_outwards():
     assert len(places) > 10
 
 
-def test_keep_size_blur_keeps_truth_and_place():
+def test_output_resize_keeps_truth_and_place():
     mask = np.zeros((96, 96), np.uint8)
     mask[30:50, 40:60] = 1
     img = np.dstack([mask * 255] * 3)
-    out_img, out_mask = RandomDownsample(p=1, factor=(4, 4), keep_size="blur")(img, mask)
+    out_img, out_mask = RandomDownsample(p=1, factor=(4, 4), output="resize")(img, mask)
     assert (out_mask == mask).all() and out_img.shape == img.shape
     ours, theirs = (ndimage.center_of_mass(o[..., 0].astype(float)) for o in (out_img, img))
     assert np.allclose(ours, theirs, atol=0.1)
@@ -277,7 +285,7 @@ def test_downsample_repeats_by_its_own_state():
 
 
 @pytest.mark.parametrize("options,message", [(dict(p=1.5), "p must be"), (dict(factor=(0.9, 2)), "low <= high"), (dict(factor=(3, 2)), "low <= high"),
-    (dict(factor=(1, float("inf"))), "low <= high"), (dict(keep_size="crop"), "'crop'")])
+    (dict(factor=(1, float("inf"))), "low <= high"), (dict(output="crop"), "'crop'")])
 def test_downsample_errors(options, message):
     with pytest.raises(ValueError, match=message): RandomDownsample(**options)
 
@@ -286,5 +294,163 @@ def test_downsample_refuses_bad_arrays():
     img = np.zeros((20, 20, 3), np.uint8)
     with pytest.raises(ValueError, match="0 and 1 only"): RandomDownsample(p=1)(img, np.full((20, 20), 255, np.uint8))
     with pytest.raises(ValueError, match="differ in size"): RandomDownsample(p=1)(img, np.zeros((10, 20), np.uint8))
-    tiny_img, tiny_mask = RandomDownsample(p=1, factor=(4, 4), keep_size="pad")(img[:1, :2], np.ones((1, 2), np.uint8))
+    tiny_img, tiny_mask = RandomDownsample(p=1, factor=(4, 4), output="pad")(img[:1, :2], np.ones((1, 2), np.uint8))
     assert tiny_img.shape == (1, 2, 3) and tiny_mask.tolist() == [[1, 1]]
+
+
+def test_area_average_of_any_factor_against_brute_force():
+    """Each small pixel is the mean of what it covers, fractions of pixels included, counted on a grid fine enough for both."""
+    img = np.random.default_rng(3).integers(0, 256, (20, 15), np.uint8)
+    for size in ((7, 4), (13, 11), (20, 1)):
+        fine = np.kron(img.astype(float), np.ones(size)).reshape(size[0], 20, size[1], 15).mean((1, 3))
+        t = RandomDownsample(p=1)
+        assert np.abs(t.apply(img, size=size, corner=(0, 0)).astype(float) - fine).max() <= 0.51
+
+
+def test_downsampling_conserves_the_covered_area():
+    """Large ships keep their share of the image up to half a small pixel along their outline; no ship is lost."""
+    rng, mask = np.random.default_rng(0), np.zeros((240, 240), np.uint8)
+    for k in range(5): cv2.ellipse(mask, (40 + 40 * k, 120 + int(rng.integers(-60, 60))), (14 + 3 * k, 9), float(rng.uniform(0, 180)), 0, 360, 1, -1)
+    outline = int((mask - cv2.erode(mask, np.ones((3, 3)))).sum())
+    for factor in (1.3, 2.0, 2.7, 4.0):
+        _, small = RandomDownsample(p=1, factor=(factor, factor))(mask, mask)
+        scale = mask.size / small.size
+        assert abs(small.sum() * scale - mask.sum()) < 0.5 * outline
+        assert small.sum() > 0
+
+
+# the crack document's set
+
+def test_crack_preset_is_the_document_s():
+    jitter, flip, turn_any = preset("crack").transforms
+    assert np.allclose(jitter.brightness, (0.5, 1.5)) and all(np.allclose(o, (1, 1)) for o in (jitter.contrast, jitter.saturation)) and np.allclose(jitter.hue, (0, 0))
+    assert flip.p == 0.5 and tuple(turn_any.limit) == (-180, 180)
+    grey = np.full((64, 64, 3), 100, np.uint8)
+    t, levels, corners = preset("crack", seed=0), [], []
+    for _ in range(200):
+        out = t(image=grey)["image"]
+        levels.append(out[32, 32, 0])
+        corners.append((out[0, 0] == 0).all())
+    assert 50 <= min(levels) < 55 and 145 < max(levels) <= 150 and np.mean(corners) > 0.8     # from outside comes black
+
+
+# symmetries, against NumPy
+
+def boxes_of(mask):
+    """Boxes of the 8-connected components, by brute force, sorted."""
+    labels, n = ndimage.label(mask, np.ones((3, 3)))
+    spots = [np.argwhere(labels == k) for k in range(1, n + 1)]
+    return sorted([*o.min(0)[::-1].tolist(), *(o.max(0)[::-1] + 1).tolist()] for o in spots)
+
+
+@given(st.integers(0, 10 ** 6), st.integers(1, 30), st.integers(1, 30), st.integers(0, 7))
+@settings(max_examples=80, deadline=None)
+def test_turned_boxes_are_those_of_the_turned_mask(seed, height, width, code):
+    mask = (np.random.default_rng(seed).random((height, width)) < 0.15).astype(np.uint8)
+    boxes = np.array(boxes_of(mask), int).reshape(-1, 4)
+    turned = turn_boxes(boxes, code, mask.shape)
+    assert turned.dtype.kind == "i" and sorted(turned.tolist()) == boxes_of(turn(mask, code))
+    assert turn_boxes(boxes + 0.25, 0, mask.shape).tolist() == (boxes + 0.25).tolist()
+
+
+@pytest.mark.parametrize("name", ["flips", "d4"])
+def test_pipelines_move_boxes_masks_and_image_exactly(name):
+    rng = np.random.default_rng(5)
+    mask = cv2.dilate((rng.random((48, 48)) < 0.01).astype(np.uint8), np.ones((3, 2)))
+    ids, boxes = list(range(len(boxes_of(mask)))), boxes_of(mask)
+    t, seen = preset(name, seed=0, boxes=True), set()
+    for _ in range(40):
+        out = t(image=mask * 255, mask=mask, bboxes=np.array(boxes), labels=ids)
+        codes = [code for code in range(8) if (turn(mask, code) == out["mask"]).all()]
+        assert len(codes) == 1 and (out["image"] == out["mask"] * 255).all()
+        expected = turn_boxes(boxes, codes[0], mask.shape)
+        assert np.allclose(out["bboxes"], expected[np.array(out["labels"], int)], atol=1e-3) and sorted(out["labels"]) == ids
+        seen.add(codes[0])
+    assert len(seen) == {"flips": 4, "d4": 8}[name]
+
+
+def test_boxes_that_a_crop_cuts_or_loses():
+    out = preset("none", size=(10, 10), seed=0, boxes=True)(image=np.zeros((10, 30, 3), np.uint8), mask=np.zeros((10, 30), np.uint8),
+                                                            bboxes=np.array([[k, 2, k + 1, 4] for k in range(30)]), labels=list(range(30)))
+    assert len(out["bboxes"]) == 10 and np.diff(out["labels"]).tolist() == [1] * 9
+    assert np.allclose(out["bboxes"][:, 0], range(10), atol=1e-4)
+
+
+# torchvision v2
+
+def v2_sample():
+    masks = np.zeros((2, 60, 80), np.uint8)
+    masks[0, 12:24, 20:44] = masks[1, 40:48, 60:64] = 1
+    boxes = np.array([[20, 12, 44, 24], [60, 40, 64, 48]])
+    image = np.random.default_rng(0).integers(0, 50, (3, 60, 80), np.uint8) + 200 * masks.max(0)
+    return tv_tensors.Image(image), {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(60, 80)), "masks": tv_tensors.Mask(masks),
+                                     "labels": torch.tensor([1, 1])}
+
+
+@pytest.mark.parametrize("output", ["small", "pad", "resize"])
+def test_in_a_torchvision_pipeline_everything_moves_together(output):
+    image, target = v2_sample()
+    for seed in range(6):
+        out, new = v2.Compose([RandomDownsample(p=1, factor=(2, 2), seed=seed, output=output), v2.Identity()])(image, target)
+        shape = (30, 40) if output == "small" else (60, 80)
+        assert type(out) is tv_tensors.Image and out.shape == (3, *shape) and out.dtype == torch.uint8
+        assert type(new["masks"]) is tv_tensors.Mask and new["masks"].shape == (2, *shape) and new["labels"] is target["labels"]
+        assert type(new["boxes"]) is tv_tensors.BoundingBoxes and new["boxes"].canvas_size == shape
+        assert new["boxes"].tolist() == [boxes_of(o)[0] for o in new["masks"].numpy()]       # even edges: exact at factor 2
+        assert all(len(boxes_of(o)) == 1 for o in new["masks"].numpy())                     # no mirror image of a ship without its box
+        if output != "resize": assert ((out.numpy()[0] > 125) == new["masks"].numpy().any(0)).all()
+
+
+def test_tensors_and_arrays_draw_alike():
+    image, target = v2_sample()
+    mask = target["masks"].numpy().max(0)
+    for output in ("small", "pad"):
+        a = RandomDownsample(seed=3, output=output)
+        b = RandomDownsample(seed=3, output=output)
+        for _ in range(8):
+            img, msk = a(image.numpy().transpose(1, 2, 0), mask)
+            out, new = b(torch.from_numpy(image.numpy()), tv_tensors.Mask(mask))
+            assert (out.numpy().transpose(1, 2, 0) == img).all() and (new.numpy() == msk).all()
+
+
+def test_tensor_kinds_floats_and_errors():
+    image, target = v2_sample()
+    half = v2.ToDtype(torch.float32, scale=True)(image)
+    out, = RandomDownsample(p=1, factor=(2, 2))((half,))
+    assert out.dtype == torch.float32 and torch.allclose(out, half.reshape(3, 30, 2, 40, 2).mean((2, 4)), atol=1e-6)
+    none = RandomDownsample(p=1, factor=(2, 2))({"image": image, "masks": tv_tensors.Mask(np.zeros((0, 60, 80), np.uint8))})
+    assert none["masks"].shape == (0, 30, 40)
+    with pytest.raises(ValueError, match="needs one image"): RandomDownsample(p=1)(target["masks"], target["boxes"])
+    with pytest.raises(ValueError, match="differ in size"): RandomDownsample(p=1)(image, tv_tensors.Mask(np.zeros((30, 80), np.uint8)))
+    cxcywh = v2.ConvertBoundingBoxFormat("CXCYWH")(target["boxes"])
+    with pytest.raises(ValueError, match="XYXY"): RandomDownsample(p=1)(image, cxcywh)
+
+
+def test_albumentations_boxes_follow_the_picture():
+    mask = np.zeros((60, 80), np.uint8)
+    mask[12:24, 20:44] = 1
+    for output in ("small", "pad", "resize"):
+        t = Pipeline([RandomDownsample(p=1, factor=(2, 2), output=output)], seed=4, bbox_params=A.BboxParams("pascal_voc", label_fields=["labels"]))
+        out = t(image=np.dstack([mask * 255] * 3), mask=mask, bboxes=np.array(boxes_of(mask)), labels=[1])
+        assert np.allclose(out["bboxes"], boxes_of(out["mask"]), atol=1e-3)
+
+
+# extra augmentation for images with many ships
+
+def test_the_recipe_reaches_the_threshold_without_changing_its_key():
+    assert Recipe().ships_threshold_for_add_augs == 0
+    assert Recipe(ships_threshold_for_add_augs=0).key("x") == Recipe().key("x") != Recipe(ships_threshold_for_add_augs=2).key("x")
+
+
+def test_only_images_with_enough_ships_get_the_preset():
+    catalog = read_airbus(sample()).subset(np.arange(40))
+    sets = {k: SegmentationDataset(catalog, (32, 32), transform=preset("gauss_noise+color_jitter+cutout"), ships_threshold_for_add_augs=k) for k in (0, 2, 10 ** 6)}
+    raw = SegmentationDataset(catalog, (32, 32))
+    changed = {}
+    for k, o in sets.items():
+        changed[k] = np.zeros(len(catalog), bool)
+        for epoch in range(8):
+            o.set_epoch(epoch)
+            changed[k] |= [bool((o[i]["image"] != raw[i]["image"]).any()) for i in range(len(catalog))]
+    assert changed[0].all() and (changed[2] == (catalog.counts >= 2)).all() and 0 < changed[2].sum() < 40 and not changed[10 ** 6].any()
+    with pytest.raises(ValueError, match="ships_threshold_for_add_augs must be >= 0"): SegmentationDataset(catalog, ships_threshold_for_add_augs=-1)

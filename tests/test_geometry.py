@@ -231,15 +231,15 @@ def test_a_larger_image_its_truth_and_its_boxes_agree(drawn, fy, fx):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rectangles(least=8), st.integers(0, 999), st.sampled_from([False, "pad", "blur"]))
-def test_random_downsampling_keeps_image_and_mask_together(drawn, seed, keep_size):
+@given(rectangles(least=8), st.integers(0, 999), st.sampled_from(["small", "pad", "resize"]))
+def test_random_downsampling_keeps_image_and_mask_together(drawn, seed, output):
     """The mask's edges lie within one pixel of those seen in the image (of the coarse grid, where it was blurred), and one object stays."""
     shape, box = drawn
     mask = paint(shape, box)
-    image, small = RandomDownsample(p=1, factor=(1.5, 4), seed=seed, keep_size=keep_size)(grey(mask), mask)
+    image, small = RandomDownsample(p=1, factor=(1.5, 4), seed=seed, output=output)(grey(mask), mask)
     assert image.shape[:2] == small.shape and small.any()
-    if keep_size == "pad": return                                   # the padding mirrors the object, so there may be several
-    slack = 4 if keep_size == "blur" else 1
+    if output == "pad": return                                   # the padding mirrors the object, so there may be several
+    slack = 4 if output == "resize" else 1
     seen = np.array(box_of(image[..., 0] > 127))
     assert (np.abs(seen - np.array(box_of(small))) <= slack).all() and label_instances(small)[1] == 1
 
@@ -249,7 +249,7 @@ def test_random_downsampling_keeps_image_and_mask_together(drawn, seed, keep_siz
 def test_padded_downsampling_mirrors_image_and_mask_alike(drawn, seed):
     shape, box = drawn
     mask = paint(shape, box)
-    image, small = RandomDownsample(p=1, factor=(1.5, 4), seed=seed, keep_size="pad")(grey(mask), mask)
+    image, small = RandomDownsample(p=1, factor=(1.5, 4), seed=seed, output="pad")(grey(mask), mask)
     white = image[..., 0].astype(float)
     clear = np.abs(white - 127.5) > 2                               # nearer to half, rounding to a whole grey decides
     assert ((white > 127) == small)[clear].all()

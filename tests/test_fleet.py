@@ -64,11 +64,13 @@ def test_hulls_are_as_long_and_wide_as_asked():
 def test_counts_and_sizes_follow_the_label_tables():
     rng = np.random.default_rng(1)
     counts = np.array([fleet.draw_count(rng) for _ in range(20000)])
-    lengths = np.array([fleet.draw_size(rng)[0] for _ in range(20000)])
+    lengths = np.array([fleet.draw_size(rng, n)[0] for n in counts for _ in range(n)])
     assert abs((counts > 0).mean() - fleet.SHIP_IMAGES) < 0.015
     assert abs((counts == 1).sum() / (counts > 0).sum() - 0.637) < 0.02
     assert abs((counts == 2).sum() / (counts > 0).sum() - 0.180) < 0.02
-    for share, real in ((0.1, 10.7), (0.5, 36.4), (0.9, 155.6)): assert abs(np.log(np.quantile(lengths, share) / real)) < 0.05
+    for share, real in ((0.1, 10.7), (0.5, 33.5), (0.9, 138.1)): assert abs(np.log(np.quantile(lengths, share) / real)) < 0.1   # all ships of the tables together
+    for count, real in ((1, 41.0), (3, 35.6), (8, 29.0)):   # their medians, by ships in the image
+        assert abs(np.log(np.median([fleet.draw_size(rng, count)[0] for _ in range(20000)]) / real)) < 0.05
 
 
 def test_one_brightness_does_not_find_the_ships(root):

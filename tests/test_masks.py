@@ -181,3 +181,18 @@ def test_hostile_length_allocates_nothing():
                                   lambda: masks.render_mask([], (4, 4), (0, 2)), lambda: masks.encode_instances(np.array([[-1, 2]]))])
 def test_wrong_shapes_and_labels_are_value_errors(call):
     with pytest.raises(ValueError): call()
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.int32, np.int64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 16), (16, 1), (24, 16), (13, 7), (40, 64)])
+def test_codes_do_not_depend_on_how_the_mask_lies_in_memory(dtype, shape):
+    """Contiguous, Fortran order, slices, flipped and unaligned views give the code of the plain definition."""
+    rng = np.random.default_rng(sum(shape))
+    mask = (rng.random(shape) < 0.4).astype(dtype)
+    padded = np.zeros((shape[0] + 2, shape[1] + 3), dtype)
+    padded[1:-1, 1:-2] = mask
+    raw = np.frombuffer(b"\0" + mask.tobytes(), np.uint8)[1:].view(dtype).reshape(shape) if mask.itemsize == 1 else mask   # one byte off every boundary
+    pixels = np.concatenate([[0], mask.T.ravel() != 0, [0]]).astype(int)
+    edges = np.flatnonzero(np.diff(pixels)) + 1
+    want = " ".join(f"{a} {b - a}" for a, b in zip(edges[::2], edges[1::2]))
+    for view in (mask, np.asfortranarray(mask), padded[1:-1, 1:-2], mask[::-1, ::-1].copy()[::-1, ::-1], raw): assert masks.rle_encode(view) == want

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'NOT_RUN', 'BAD_INPUT', 'REMEDIES', 'LEDGER_HEADER', 'STUDY', 'MINUTES', 'RESULTS', 'REPORT_STYLE',
-           'MACHINE_PATH', 'app', 'Given', 'Files', 'Force', 'Print', 'load_notebook', 'cell_source', 'Parameter',
-           'read_parameters', 'check_value', 'check_parameters', 'parse_text', 'read_overrides', 'find_overrides',
-           'overrides_notebook', 'runnable_notebooks', 'find_notebook', 'cells_hash', 'code_hash', 'environment',
-           'Interrupted', 'NotebookFailed', 'execute', 'default_name', 'run_notebook', 'ledger', 'format_table', 'Step',
-           'study_plan', 'estimate_minutes', 'run_study', 'study_table', 'report_html', 'machine_paths', 'refresh',
-           'sample_command', 'run_command', 'study_command', 'predict_command', 'runs_command', 'figures_command',
-           'main']
+           'MACHINE_PATH', 'app', 'Given', 'Files', 'Force', 'Print', 'FETCH_HEADER', 'load_notebook', 'cell_source',
+           'Parameter', 'read_parameters', 'check_value', 'check_parameters', 'parse_text', 'read_overrides',
+           'find_overrides', 'overrides_notebook', 'runnable_notebooks', 'find_notebook', 'cells_hash', 'code_hash',
+           'environment', 'Interrupted', 'NotebookFailed', 'execute', 'default_name', 'run_notebook', 'ledger',
+           'format_table', 'Step', 'study_plan', 'estimate_minutes', 'run_study', 'study_table', 'report_html',
+           'machine_paths', 'refresh', 'sample_command', 'fetch_command', 'run_command', 'study_command',
+           'predict_command', 'runs_command', 'figures_command', 'main']
 
 # %% ../nbs/40_runs.ipynb #797e765c
 import ast
@@ -1142,6 +1142,48 @@ def sample_command(
     if root == project_root()/"data"/"sample": fleet.sample(**choices)   # the notebooks ask for the same
     else: build_once(root, f"{images} images of seed {seed}", lambda temp: fleet.make_fleet(temp, workers=workers or None, **choices), replace=False)
     print(f"{images} images with labels are in {_portable(root)}")
+
+# %% ../nbs/40_runs.ipynb #51e47e5c
+@app.command("fetch")
+def fetch_command(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Data sets; without any, the list of them.")] = None,
+    folder: Annotated[str, typer.Option(metavar="DIR", help="Folder to write to or to check, with one NAME; without it data/NAME.")] = "",
+    archive: Annotated[str, typer.Option(metavar="FILE", help="Unpack this ZIP, downloaded by hand, instead of downloading.")] = "",
+    check: Annotated[bool, typer.Option("--check", help="Only read what was fetched and compare its checksums.")] = False,
+):
+    """Get the original data sets from Kaggle into data/, with your account and on its terms.
+
+    What is there and whole is not fetched again, an interrupted download goes on where it stopped, files that are
+    missing are put back. Exit code 1 from --check says that files are missing or have changed.
+
+    \b
+    Examples:
+      shipnb fetch
+      shipnb fetch airbus severstal
+      shipnb fetch airbus --check
+      shipnb fetch masati --archive MASATI-v2.zip
+    """
+    from shipnb.fetch import SOURCES, fetch, find_source
+    if not names: return print(format_table([(o.name, o.what, o.size, o.terms, o.account) for o in SOURCES.values()], FETCH_HEADER))
+    if len(names) > 1 and (folder or archive): raise ValueError("--folder and --archive go with one NAME only")
+    places = {o.name: folder or f"data/{o.name}" for o in map(find_source, names)}
+    if check: return max(_check_fetched(resolve(o)) for o in places.values())
+    for name, place in places.items(): print(f"{name} is in {_portable(fetch(name, place, archive, lambda line: print(f'shipnb: {line}', file=sys.stderr)))}")
+
+
+# %% ../nbs/40_runs.ipynb #2afc217d
+FETCH_HEADER = ("name", "what", "size", "terms", "account")
+
+
+def _check_fetched(folder, most=20):
+    """Say which files of a fetched folder are missing or changed; the exit code."""
+    from shipnb.fetch import read_manifest, verify
+    found, files = verify(folder), len(read_manifest(folder)[0])
+    for name, problem in list(found.items())[:most]: print(f"{name} {problem}", file=sys.stderr)
+    if not found: print(f"{_portable(folder)}: all {files} files are as they were fetched")
+    else: print(f"shipnb: {len(found)} of {files} files in {_portable(folder)} are missing or have changed; move those away that changed and fetch again", file=sys.stderr)
+    return 1 if found else 0
+
 
 # %% ../nbs/40_runs.ipynb #cfc3bd8f
 @app.command("run")

@@ -174,7 +174,7 @@ def paint_site(rng, shape):
         _fill(img, _box(spot + 4, extent, turned), (46, 46, 44))
         _fill(img, _box(spot, extent, turned), (ROOFS[rng.integers(len(ROOFS))] * rng.uniform(0.7, 1.1)).tolist())
     for _ in range(rng.poisson(1.2 * area)): cv2.ellipse(img, tuple(int(o) for o in rng.uniform(0, size)), tuple(int(o) for o in rng.uniform(8, 34, 2)), float(rng.uniform(0, 180)), 0, 360, (40.0, 58.0, 52.0), -1, cv2.LINE_AA)
-    for _ in range(int(rng.integers(10, 90) * area)): _fill(img, _box(rng.uniform(0, size), rng.uniform(2, 9, 2), angle), rng.uniform(30, 220, 3))
+    for _ in range(int(rng.integers(10, 90) * area)): _fill(img, _box(rng.uniform(0, size), rng.uniform(2, 9, 2), angle), rng.uniform(40, 200) + rng.normal(0, 12, 3))
     return img
 
 # %% ../nbs/02a_fleet_tasks.ipynb #7437c659

@@ -103,6 +103,7 @@ class Catalog:
         self.images = self.images.reset_index(drop=True)
         self.objects = self.objects.reset_index(drop=True)
         self._rows = self.objects.groupby("image", sort=False).indices
+        self._codes = self.objects["rle"].to_numpy(object)   # once: a column of text is converted whole, however few are asked for
 
     def __len__(self): return len(self.images)
 
@@ -133,7 +134,7 @@ class Catalog(Catalog):
 
     def rles(self, i):
         """The codes of the objects of image `i`, a list of str."""
-        return self.objects["rle"].to_numpy()[self._rows.get(self.images["image"].iat[i], [])].tolist()
+        return self._codes[self._rows.get(self.images["image"].iat[i], [])].tolist()
 
     def subset(self, index):
         """The Catalog of some images, in the order asked: `index` is a boolean mask (n,) or integer positions. Problems stay with the whole."""

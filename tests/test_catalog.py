@@ -29,6 +29,14 @@ def test_rows_are_grouped_and_counted(tmp_path):
     assert catalog.objects[["x0", "y0", "x1", "y1", "area"]].values.tolist() == [[0, 0, 1, 2, 2], [1, 35, 2, 40, 5]]
 
 
+def test_the_codes_of_an_image_do_not_cost_a_pass_over_all(tmp_path, monkeypatch):
+    """A column of text is converted whole by pandas; asked for per image, that made exploring the complete label tables quadratic."""
+    catalog = read_airbus(write(tmp_path, [("b.jpg", "1 2"), ("a.jpg", "")], {"a.jpg": None, "b.jpg": None})[0])
+    def refuse(*args, **kwargs): raise AssertionError("a whole column is converted")
+    for name in ("to_numpy", "tolist", "__array__"): monkeypatch.setattr(pd.Series, name, refuse)
+    assert catalog.rles(1) == ["1 2"] and catalog.rles(0) == []
+
+
 def test_all_zero_codes_stay_text(tmp_path):
     root, _ = write(tmp_path, [("a.jpg", "0"), ("b.jpg", "0")], {"a.jpg": None, "b.jpg": None})
     assert read_airbus(root).counts.tolist() == [0, 0]

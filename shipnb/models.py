@@ -28,7 +28,7 @@ def build_unet(encoder="resnet18", encoder_weights="none", in_channels=3, classe
     encoder : str, any encoder of segmentation_models_pytorch, e.g. "resnet18", "resnet34", "efficientnet-b0", "tu-..." for timm.
     encoder_weights : "none" (random), a published set such as "imagenet" (downloaded), or the path of a file of encoder weights (.safetensors, .pt).
     in_channels, classes : int.
-    decoder : five int, channels of the decoder's levels, the deepest first. Half of the default costs about a quarter less time with resnet18.
+    decoder : five int, channels of the decoder's levels, the deepest first. A narrower one is quicker.
     prior : float in (0, 1), the probability that the untrained model gives to every pixel, about; set by the bias of the last layer (Lin et al. 2017, section 4.1).
 
     Raises

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy.stats import binomtest
 
 from .catalog import _HEADER_LOCK, MAX_PIXELS, PROBLEM_COLUMNS, image_size, read_image
 from .eda import outlined
@@ -244,11 +245,9 @@ def read_exclude(path):
     return names
 
 # %% ../nbs/03b_cleaning.ipynb #c1ea0018
-def wilson(k, n, z=1.96):
+def wilson(k, n):
     """Return Wilson's 95 % interval of a share k / n as (low, high), (0, 1) for n = 0. Wilson, J. Am. Stat. Assoc. 22 (1927)."""
-    if not n: return 0., 1.
-    centre, half = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** .5 / (n + z * z)
-    return max(centre - half, 0.), min(centre + half, 1.)
+    return tuple(binomtest(k, n).proportion_ci(0.95, "wilson")) if n else (0., 1.)
 
 # %% ../nbs/03b_cleaning.ipynb #c1ea001a
 def _named(rules):
@@ -357,33 +356,33 @@ def _saw(function, row):
 
 # %% ../nbs/03b_cleaning.ipynb #c1ea001f
 def contact_sheet(catalog, measures, rules=None, columns=6, size=128, seed=0):
-    """Draw examples of what each rule would drop, a row for a rule that finds anything; returns the Figure, or None when no rule finds anything.
+    """Draw examples of what each rule would drop, at most `columns` of each; returns the Figure, or None when no rule finds anything.
 
     `size` is the side of a tile, pixels; the examples are drawn at random by `seed`. Titles are the number the rule looks at and the ships.
     """
-    hits, random = apply_rules(measures, RULES if rules is None else rules), np.random.default_rng(seed)
-    found = {name: np.sort(random.permutation(np.flatnonzero(hits[name]))[:columns]) for name in hits if hits[name].any()}
-    if not found: return None
-    figure, axes = plt.subplots(len(found), columns, figsize=(1.5 * columns, 1.75 * len(found)), layout="constrained", squeeze=False)
+    chosen, random = _named(RULES if rules is None else rules), np.random.default_rng(seed)
+    hits = apply_rules(measures, chosen)
+    tiles = [(name, k) for name in hits for k in np.sort(random.permutation(np.flatnonzero(hits[name]))[:columns])]
+    if not tiles: return None
+    lines = -(-len(tiles) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1.5 * columns, 2 * lines), layout="constrained", squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
-    functions, place = _named(RULES if rules is None else rules), dict(zip(catalog.images["image"], range(len(catalog))))
-    for line, (name, rows) in zip(axes, found.items()):
-        for ax, k in zip(line, rows): _tile(ax, catalog, place, measures.loc[measures.index[k]], functions[name], size)
-        line[0].text(0, 1.22, f"{name}: {int(hits[name].sum()):,} images", transform=line[0].transAxes, fontsize=9, weight="bold")
+    place = dict(zip(catalog.images["image"], range(len(catalog))))
+    for ax, (name, k) in zip(axes.flat, tiles): _tile(ax, catalog, place, measures.iloc[k], name, chosen[name], size)
     return figure
 
 
-def _tile(ax, catalog, place, row, function, size):
+def _tile(ax, catalog, place, row, name, function, size):
     """One example: the image with its ships, or the reason why there is none."""
     ships = "" if row["count"] < 0 else f", {row['count']} ship{'' if row['count'] == 1 else 's'}"
     if row["state"] in ("ok", "label") and catalog.root is not None:
         ax.imshow(outlined(read_image(catalog.root/row["image"]), catalog.rles(place[row["image"]]) if row["image"] in place else [], (size, size)))
-        ax.set_title(_saw(function, row)[:24] + ships, fontsize=7)
+        ax.set_title(f"{name}\n{_saw(function, row)[:20]}{ships}", fontsize=7)
     else:
         ax.imshow(np.full((size, size, 3), 225, np.uint8))
         words = row["why"][:90] or _saw(function, row)
         ax.text(.5, .5, "\n".join(words[o:o + 18] for o in range(0, len(words), 18)), transform=ax.transAxes, ha="center", va="center", fontsize=6)
-        ax.set_title(ships.strip(", ") or "labels lost", fontsize=7)
+        ax.set_title(f"{name}\n{ships.strip(', ') or 'labels lost'}", fontsize=7)
 
 # %% ../nbs/03b_cleaning.ipynb #c1ea0034
 LIMITS = dict(one_colour=.98, border=.5, cloud=.8, correlation=.25)   # the thresholds of the rules, for the figure

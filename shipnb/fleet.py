@@ -570,6 +570,16 @@ def _write_scene(root, seed, scene, count):
         rows += [(name, code, f"s{scene}") for code in encode_instances(labels[cut]) if code] or [(name, "", f"s{scene}")]
     return rows
 
+# %% ../nbs/02_fleet.ipynb #9f258bbd
+def _empty_folder(root, **numbers):
+    """`root` as an empty folder, made when missing; `numbers` are name=(value, least). ValueError or FileExistsError when the request makes no sense."""
+    for name, (value, least) in numbers.items():
+        if not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f"{name} must be a whole number >= {least}, not {value}")
+    root = Path(root)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())): raise FileExistsError(f"{root} is not an empty folder; choose another one")
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
 # %% ../nbs/02_fleet.ipynb #5268f987
 def make_fleet(root, images=240, seed=0, workers=None, progress=False):
     """Write a fleet of synthetic images in the layout of the Airbus challenge.
@@ -592,11 +602,8 @@ def make_fleet(root, images=240, seed=0, workers=None, progress=False):
     FileExistsError
         When `root` holds anything.
     """
-    for name, value, least in (("images", images, 1), ("seed", seed, 0), ("workers", workers or 1, 1)):
-        if not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f"{name} must be a whole number >= {least}, not {value}")
-    root = Path(root)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())): raise FileExistsError(f"{root} is not an empty folder; choose another one for the fleet")
-    (root/"train_v2").mkdir(parents=True, exist_ok=True)
+    root = _empty_folder(root, images=(images, 1), seed=(seed, 0), workers=(workers or 1, 1))
+    (root/"train_v2").mkdir()
     keep_freed_memory()
     scenes = range(-(-images // 2))
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

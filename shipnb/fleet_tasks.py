@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEEL', 'STEEL_SHARES', 'DEFECTS', 'TANK_ROOFS', 'ROAD', 'FINE_CRACK', 'CHIP', 'KINDS', 'CATEGORIES', 'FAULTS',
-           'MAKERS', 'paint_steel', 'make_strip', 'make_steel', 'paint_site', 'make_site', 'label_boxes', 'make_tanks',
-           'make_spot', 'paint_road', 'draw_crack', 'make_road', 'make_cracks', 'ship_kind', 'make_chips', 'make_voc',
-           'make_faults', 'make_task']
+           'MAKERS', 'paint_steel', 'make_strip', 'make_steel', 'paint_site', 'make_site', 'make_tanks', 'make_spot',
+           'paint_road', 'draw_crack', 'make_road', 'make_cracks', 'ship_kind', 'make_chips', 'make_voc', 'make_faults',
+           'make_task']
 
 # %% ../nbs/02a_fleet_tasks.ipynb #0d989ca8
-from pathlib import Path
 from xml.etree import ElementTree
 
 import cv2
@@ -19,21 +18,11 @@ from scipy.io import savemat
 
 from .catalog import read_airbus
 from .files import atomic_write, write_json
-from .fleet import LAND, ROOFS, SCENE, _box, _fill, draw_look, fractal, make_fleet, make_scene, paint_land, sense, smooth
+from .fleet import LAND, ROOFS, SCENE, _box, _empty_folder, _fill, draw_look, fractal, make_fleet, make_scene, paint_land, sense, smooth
 from .formats import _voc_tree
-from .masks import rle_decode, rle_encode
+from .masks import label_boxes, rle_decode, rle_encode
 
 # %% ../nbs/02a_fleet_tasks.ipynb #3fe42139
-def _start(root, images, seed):
-    """`root` as an empty folder; ValueError or FileExistsError when the request makes no sense."""
-    for name, value, least in (("images", images, 1), ("seed", seed, 0)):
-        if not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f"{name} must be a whole number >= {least}, not {value}")
-    root = Path(root)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())): raise FileExistsError(f"{root} is not an empty folder; choose another one")
-    root.mkdir(parents=True, exist_ok=True)
-    return root
-
-
 def _write_image(path, img, quality=92):
     """Write RGB (h, w, 3) or grey (h, w), uint8, as JPEG or PNG by the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +136,7 @@ def make_steel(root, images=40, seed=0):
     ValueError, FileExistsError
         For `images` or `seed` out of range; when `root` holds anything.
     """
-    root, rows = _start(root, images, seed), []
+    root, rows = _empty_folder(root, images=(images, 1), seed=(seed, 0)), []
     for k in range(images):
         img, truth = make_strip(seed, k)
         name = f"steel_{seed}_{k:05d}.jpg"
@@ -230,7 +219,7 @@ def make_site(seed, number, shape=(512, 512), farms=None, scale=1.0):
             labels[cut][disc] = labels.max() + 1
     return sense(rng, img.astype(np.float32)), labels
 
-
+# %% ../nbs/02a_fleet_tasks.ipynb #53502af5
 def _disc(x, y, r, shape):
     """The pixels of a disc (bool) and the slices of `shape` they lie in, one pixel of margin around."""
     limits = [np.clip((int(o - r - 1), int(o + r + 3)), 0, side).tolist() for o, side in ((y, shape[0]), (x, shape[1]))]
@@ -239,16 +228,11 @@ def _disc(x, y, r, shape):
     return np.hypot(xx - x, yy - y) <= r, cut
 
 # %% ../nbs/02a_fleet_tasks.ipynb #632374c1
-def label_boxes(labels):
-    """Boxes (n, 4) x0, y0, x1, y1 in pixels, half-open, of the objects 1..n of a label image (h, w); ValueError when a number is missing."""
-    rows, columns = np.nonzero(labels)
-    n, numbers = int(labels.max()), labels[rows, columns] - 1
-    if len(np.unique(numbers)) != n: raise ValueError("the numbers of a label image must be 1..n")
-    low, high = np.full((n, 2), max(labels.shape)), np.zeros((n, 2), int)
-    spots = np.stack([columns, rows], 1)
-    np.minimum.at(low, numbers, spots)
-    np.maximum.at(high, numbers, spots + 1)
-    return np.concatenate([low, high], 1)
+def _true_boxes(labels):
+    """`label_boxes` of a label image in which every number 1..n occurs; ValueError when one is missing."""
+    boxes = label_boxes(labels)
+    if (boxes[:, 2] == 0).any(): raise ValueError("the numbers of a label image must be 1..n")
+    return boxes
 
 
 def make_tanks(root, images=24, seed=0, valid=0.25):
@@ -257,7 +241,7 @@ def make_tanks(root, images=24, seed=0, valid=0.25):
     valid : share of the images in `validation`, 0 <= valid < 1.
     """
     if not 0 <= valid < 1: raise ValueError(f"valid must be from 0 to below 1, not {valid}")
-    root, cut = _start(root, images, seed), images - int(images * valid)
+    root, cut = _empty_folder(root, images=(images, 1), seed=(seed, 0)), images - int(images * valid)
     for split, numbers in (("train", range(cut)), ("validation", range(cut, images))):
         if not numbers: continue
         rows, files = [], [{"id": k + 1, "file_name": f"site_{seed}_{k:05d}.jpg", "width": 512, "height": 512} for k in numbers]
@@ -265,20 +249,20 @@ def make_tanks(root, images=24, seed=0, valid=0.25):
             img, labels = make_site(seed, k)
             _write_image(root/split/file["file_name"], img)
             areas = np.bincount(labels.ravel(), minlength=1)[1:].tolist()
-            rows += [(k + 1, [x0, y0, x1 - x0, y1 - y0], area) for (x0, y0, x1, y1), area in zip(label_boxes(labels).tolist(), areas)]
+            rows += [(k + 1, [x0, y0, x1 - x0, y1 - y0], area) for (x0, y0, x1, y1), area in zip(_true_boxes(labels).tolist(), areas)]
         marks = [{"id": n, "image_id": i, "category_id": 1, "bbox": box, "area": area, "iscrowd": 0} for n, (i, box, area) in enumerate(rows, 1)]
         write_json(root/f"{split}.json", {"images": files, "annotations": marks, "categories": [{"id": 1, "name": "tank"}]})
     return root
 
-
+# %% ../nbs/02a_fleet_tasks.ipynb #d544cbb7
 def make_spot(root, images=1, seed=0, side=1280):
     """Write large scenes with many small tanks: `images/*.jpg` of `side` x `side` pixels and `annotations.csv` (image_id, class, bounds). Parameters as `make_steel`."""
-    root, rows = _start(root, images, seed), []
+    root, rows = _empty_folder(root, images=(images, 1), seed=(seed, 0)), []
     for k in range(images):
         img, labels = make_site(seed, k + 10**6, (side, side), max(3, 14 * side**2 // 1280**2), 0.45)
         name = f"scene_{seed}_{k:03d}"
         _write_image(root/"images"/f"{name}.jpg", img)
-        rows += [(name, "oil-storage-tank", str(tuple(box))) for box in label_boxes(labels).tolist()]
+        rows += [(name, "oil-storage-tank", str(tuple(box))) for box in _true_boxes(labels).tolist()]
     atomic_write(root/"annotations.csv", pd.DataFrame(rows, columns=["image_id", "class", "bounds"]).to_csv(index=False))
     return root
 
@@ -319,7 +303,7 @@ def draw_crack(rng):
         cv2.polylines(line, [np.floor(path).astype(np.int32)], False, 1)
     return cv2.resize(fine.astype(np.float32), ROAD[::-1], interpolation=cv2.INTER_AREA), line > 0
 
-
+# %% ../nbs/02a_fleet_tasks.ipynb #51b64049
 def make_road(seed, number):
     """Return road image `number` of `seed`: uint8 (320, 480, 3) RGB, and its crack, uint8 (320, 480) 0 or 1. One in five has none."""
     rng = np.random.default_rng([seed, number, 3])
@@ -330,10 +314,10 @@ def make_road(seed, number):
         _mix(img, rng.uniform(0.45, 0.9) * np.maximum(cover, 0.5 * line) * np.clip(1 + 0.3 * smooth(rng, ROAD, 6), 0, 1), img * rng.uniform(0.3, 0.6))
     return sense(rng, img), truth
 
-
+# %% ../nbs/02a_fleet_tasks.ipynb #81254598
 def make_cracks(root, images=20, seed=0):
     """Write roads in the layout of CrackForest: `image/*.jpg` (480 x 320) and `groundTruth/*.mat` (Segmentation: 1 background, 2 crack; Boundaries). Parameters as `make_steel`."""
-    root = _start(root, images, seed)
+    root = _empty_folder(root, images=(images, 1), seed=(seed, 0))
     (root/"groundTruth").mkdir()
     for k in range(images):
         img, truth = make_road(seed, k)
@@ -371,7 +355,7 @@ def _land_chip(rng, scene):
 def _ship_chips(img, labels):
     """(whole, cut): chips with a whole ship of 12 to 70 pixels in the middle, and chips whose edge cuts that ship."""
     whole, cut = [], []
-    for x0, y0, x1, y1 in label_boxes(labels).tolist():
+    for x0, y0, x1, y1 in _true_boxes(labels).tolist():
         if not 12 <= max(x1 - x0, y1 - y0) <= 70: continue
         x, y = (x0 + x1 - CHIP) // 2, (y0 + y1 - CHIP) // 2
         if not (0 <= y <= SCENE[0] - CHIP and 0 <= x <= SCENE[1] - CHIP): continue
@@ -390,7 +374,7 @@ def make_chips(root, images=60, seed=0, valid=0.2):
     """Write chips of 80 x 80 in folders as classes: `train/ship`, `train/no-ship`, `valid/...`; a third are ships. Parameters as `make_tanks`; images >= 6."""
     if not 0 <= valid < 1: raise ValueError(f"valid must be from 0 to below 1, not {valid}")
     if images < 6: raise ValueError(f"images must be a whole number >= 6, not {images}")
-    root, rng, number = _start(root, images, seed), np.random.default_rng([seed, 80]), 0
+    root, rng, number = _empty_folder(root, images=(images, 1), seed=(seed, 0)), np.random.default_rng([seed, 80]), 0
     want, have = {"ship": images // 3, "no-ship": images - images // 3}, {"ship": [], "no-ship": []}
     while any(len(have[o]) < want[o] for o in want):
         img, labels = make_scene(seed, number + 5000)
@@ -428,7 +412,7 @@ def _voc_window(seed, number):
     rng = np.random.default_rng([seed, number, 6])
     img, labels = make_scene(seed, number + 9000)
     coast = draw_look(np.random.default_rng([seed, number + 9000])).coast   # the scene's own first draw
-    boxes, detail = label_boxes(labels) if labels.any() else [], number % 6 == 3
+    boxes, detail = _true_boxes(labels), number % 6 == 3
     side = 256 if detail else 512
     room = np.array(SCENE) - side
     middle = np.array([boxes[0][1] + boxes[0][3], boxes[0][0] + boxes[0][2]]) // 2 if len(boxes) else rng.integers(0, room)
@@ -445,13 +429,13 @@ def make_voc(root, images=24, seed=0):
 
     Pixels are counted from 1 and the last is inside, as VOC does. Whether a coastal scene shows its coast in the window is not asked: its windows are `coast` and `coast_ship`.
     """
-    root = _start(root, images, seed)
+    root = _empty_folder(root, images=(images, 1), seed=(seed, 0))
     for k in range(images):
         kind, img, labels = _voc_window(seed, k)
         name = f"{kind[0]}{k:04d}"
         _write_image(root/kind/f"{name}.png", img)
         if not labels.any(): continue
-        boxes = label_boxes(labels)
+        boxes = _true_boxes(labels)
         table = pd.DataFrame(boxes, columns=["x0", "y0", "x1", "y1"]).assign(label=[ship_kind(labels == n) for n in range(1, len(boxes) + 1)])
         xml = ElementTree.tostring(_voc_tree(f"{name}.png", img.shape[:2], table), encoding="utf-8")
         (root/f"{kind}_labels").mkdir(exist_ok=True)
@@ -503,7 +487,7 @@ def make_faults(root, images=24, each=2, seed=0):
         As `make_fleet`, and when there are too few images for the faults.
     """
     if not isinstance(each, (int, np.integer)) or each < 1: raise ValueError(f"each must be a whole number >= 1, not {each}")
-    root = make_fleet(_start(root, images, seed), images, seed)
+    root = make_fleet(_empty_folder(root, images=(images, 1), seed=(seed, 0)), images, seed)
     catalog, rng = read_airbus(root), np.random.default_rng([seed, 7])
     names, codes = catalog.images["image"].tolist(), {name: catalog.rles(i) for i, name in enumerate(catalog.images["image"])}
     with_ships = [names[i] for i in rng.permutation(len(names)) if codes[names[i]]]

@@ -241,4 +241,4 @@ def test_other_errors(tmp_path):
     with pytest.raises(ValueError, match="unknown kind 'cars'"): ft.make_task("cars", tmp_path/"a")
     with pytest.raises(ValueError, match="valid must be"): ft.make_tanks(tmp_path/"a", valid=1)
     with pytest.raises(ValueError, match="each must be"): ft.make_faults(tmp_path/"a", each=0)
-    with pytest.raises(ValueError, match="1..n"): ft.label_boxes(np.array([[0, 2]]))
+    with pytest.raises(ValueError, match="1..n"): ft._true_boxes(np.array([[0, 2]]))

@@ -47,7 +47,7 @@ def make_mosaic(seed, number, sea=False):
     img, labels = (np.concatenate(o) for o in zip(*parts))
     labels[SCENE[0]:] += (labels[SCENE[0]:] > 0) * labels[:SCENE[0]].max()
     rng = np.random.default_rng([seed, number, 3])
-    if rng.random() < 0.25: _blank_rim(img, labels, int(rng.integers(4 * TILE, 6 * TILE)), rng.random() < 0.5)
+    if rng.random() < 0.25: _blank_rim(img, labels, int(rng.integers(2 * TILE, 6 * TILE)), rng.random() < 0.5)
     return img, labels
 
 # %% ../nbs/03a_overlaps.ipynb #324f900a

@@ -1,4 +1,6 @@
 """The loop against a flat re-implementation, and bit-equal continuation after a stop at any step."""
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -60,12 +62,12 @@ def net(seed=0):
     return nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
 
 
-def learner(folder=None, opt="adam", sched="onecycle", accumulate=1, epochs=4, key="k", clip=None, ema=0.0):
+def learner(folder=None, opt="adam", sched="onecycle", accumulate=1, epochs=4, key="k", clip=None, ema=0.0, **options):
     model = net()
     optimiser = make_optimiser(opt, model, 0.05)
     steps = epochs * -(-3 // accumulate)
     return Learner(model, TASK, optimiser, make_schedule(sched, optimiser, steps, warmup=2), folder, accumulate=accumulate, device="cpu", key=key,
-                   monitor="score", clip=clip, progress=False, ema=ema)
+                   monitor="score", clip=clip, progress=False, ema=ema, **options)
 
 
 def weights(one): return torch.cat([p.detach().flatten() for p in one.model.parameters()])
@@ -108,9 +110,9 @@ def test_the_moving_average_is_the_recurrence_and_is_what_is_evaluated(tmp_path)
     one, expected, decay = learner(ema=0.6, folder=tmp_path), None, 0.6
     update = one._update
 
-    def watched():
+    def watched(norm):
         nonlocal expected
-        update()
+        update(norm)
         n, now = int(one.ema.n_averaged) - 1, weights(one)
         share = 1 - min(decay, (1 + n) / (10 + n))
         expected = now if expected is None else expected + share * (now - expected)
@@ -180,8 +182,119 @@ def test_plateau_lowers_the_rate_after_patience():
 def test_a_loss_that_is_not_finite_names_epoch_and_images():
     one = learner()
     object.__setattr__(one, "task", Task(lambda model, batch: {"bad": model(batch["x"]).sum() * float("nan")}, TASK.predict, TASK.metric))
-    with pytest.raises(FloatingPointError, match=r"epoch 0, batch 0.*bad.*positions \["):
+    with pytest.raises(FloatingPointError, match=r"epoch 0, batch 0.*bad.*positions \[.*no checkpoint yet"):
         for _ in one.epochs(1, loader()): pass
+
+
+def broken(at, value=float("nan"), task=TASK):
+    """The task with a loss whose gradient is not finite at the given steps (the loss itself stays finite where `value` is infinite)."""
+    n = 0
+    def bad(model, batch):
+        nonlocal n
+        n += 1
+        parts = task.loss(model, batch)
+        if n in at:
+            first = next(model.parameters())
+            parts["bad"] = value * first.sum() if value != float("inf") else (first - first.detach()).abs().sum().sqrt()   # 0 with an infinite slope
+        return parts
+    return Task(bad, task.predict, task.metric)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_step_that_is_not_finite_is_never_saved(tmp_path, value, lazy):
+    """Step 5 is bad (epoch 1, batch 1). On the CPU it is found before the weights are touched, on a GPU before the next checkpoint."""
+    one = learner(tmp_path, save_every=2)
+    one.lazy = lazy
+    object.__setattr__(one, "task", broken({5}, value))
+    with pytest.raises(FloatingPointError, match=r"epoch 1, batch 1: .*gradient norm.*last-00000004-") as error:
+        for _ in one.epochs(4, loader()): one.save()
+    batches = Order()
+    batches.seek(1, 0)
+    assert f"positions {list(batches)[1]}" in str(error.value)
+    if not lazy: assert torch.isfinite(weights(one)).all()
+    again = learner(tmp_path, save_every=2)
+    assert again.resume() and again.steps == 4 and torch.isfinite(weights(again)).all()
+
+
+def test_steps_may_be_left_out_up_to_a_number():
+    one = learner(skip_nonfinite=2, sched="constant")
+    object.__setattr__(one, "task", broken({1, 2, 3, 4}))
+    before = weights(one)
+    with pytest.raises(FloatingPointError, match="epoch 0, batch 2"):
+        for _ in one.epochs(4, loader()): pass
+    assert torch.equal(weights(one), before)
+    one, rows = learner(skip_nonfinite=2, sched="constant"), []
+    object.__setattr__(one, "task", broken({1, 3}))
+    for row in one.epochs(2, loader()): rows.append(row)
+    assert [row["skipped"] for row in rows] == [2, 2] and torch.isfinite(weights(one)).all() and not torch.equal(weights(one), before)
+    assert one.steps == 6
+
+
+class Narrow:
+    """A task that runs out of memory when it is given more than `most` images."""
+    def __init__(self, most, message=None): self.most, self.seen, self.message = most, [], message
+    def loss(self, model, batch):
+        if len(batch["index"]) > self.most: raise torch.OutOfMemoryError("CUDA out of memory") if self.message is None else RuntimeError(self.message)
+        if model.training: self.seen += batch["index"].tolist()
+        return loss(model, batch)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("most, pieces", [(4, 1), (2, 2), (1, 4)])
+def test_out_of_memory_halves_the_batches_and_changes_nothing_else(tmp_path, most, pieces, accumulate):
+    """The loss is a mean over images, so pieces of equal size give the same gradient; dropout is off, for it draws per piece."""
+    def run(task, folder=None):
+        one = learner(folder, accumulate=accumulate, opt="sgd", sched="constant")
+        one.model.module[1].p = 0.0
+        object.__setattr__(one, "task", Task(task.loss, TASK.predict, TASK.metric))
+        rows = list(one.epochs(2, loader()))
+        return one, rows
+    narrow, wide = Narrow(most), Narrow(4)
+    (one, rows), (plain, _) = run(narrow, tmp_path), run(wide)
+    assert wide.seen == narrow.seen[-len(wide.seen):] and set(narrow.seen[:len(narrow.seen) - len(wide.seen)]) <= set(wide.seen[:8])
+    assert torch.allclose(weights(one), weights(plain), atol=1e-6)
+    assert [row.get("pieces", 1) for row in rows] == [pieces, pieces]
+    one.save()
+    again = learner(tmp_path, accumulate=accumulate, opt="sgd", sched="constant")
+    assert again.resume() and again.split == pieces
+
+
+def test_out_of_memory_with_one_image_is_one_sentence():
+    one = learner()
+    object.__setattr__(one, "task", Task(Narrow(0).loss, TASK.predict, TASK.metric))
+    with pytest.raises(RuntimeError, match="out of memory with single images in epoch 0, batch 0; use smaller crops"):
+        for _ in one.epochs(1, loader()): pass
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    one = learner()
+    object.__setattr__(one, "task", Task(Narrow(0, "shapes differ").loss, TASK.predict, TASK.metric))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        for _ in one.epochs(1, loader()): pass
+
+
+def test_lines_of_the_log(tmp_path):
+    """Every line holds the mean of the last 50 steps' losses; lines written after the last checkpoint of a killed run are not kept."""
+    losses, one = [], learner(tmp_path, epochs=40, log_every=7)
+    backward = one._backward
+    def watched(group):
+        parts = backward(group)
+        losses.append(sum(float(o) for o in parts.values()))
+        return parts
+
+    one._backward = watched
+    for row in one.epochs(25, loader()):
+        if row["epoch"] == 20: one.save()
+    lines = [json.loads(o) for o in (tmp_path/"steps.jsonl").read_text().splitlines()]
+    assert [o["step"] for o in lines] == list(range(7, 76, 7))
+    for o in lines: assert o["loss"] == pytest.approx(sum(losses[max(0, o["step"] - 50):o["step"]]) / min(50, o["step"]), rel=1e-9)
+    with open(tmp_path/"steps.jsonl", "a") as f: f.write('{"step": 77, "torn')
+    again = learner(tmp_path, epochs=40, log_every=7)
+    assert again.resume() and again.steps == 63
+    assert [json.loads(o)["step"] for o in (tmp_path/"steps.jsonl").read_text().splitlines()] == list(range(7, 64, 7))
+    for _ in again.epochs(25, loader()): pass
+    assert [json.loads(o) for o in (tmp_path/"steps.jsonl").read_text().splitlines()] == lines
 
 
 def test_clipping_bounds_the_step():
@@ -194,22 +307,36 @@ def test_clipping_bounds_the_step():
     assert steps[1] < 3 * 0.05 * 1e-3 * 3 < steps[0]
 
 
-def test_damaged_foreign_and_other_checkpoints_are_refused(tmp_path):
+def test_damaged_foreign_and_other_checkpoints(tmp_path):
     one = learner(tmp_path)
     assert not one.resume()
-    (tmp_path/"last.pt").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"): one.resume()
-    torch.save({"model": {}}, tmp_path/"last.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of shipnb"): one.resume()
-    one.save()
+    first = one.save()
+    for _ in one.epochs(1, loader()): pass
+    second = one.save()
     with pytest.raises(ValueError, match="another configuration"): learner(tmp_path, key="other").resume()
+    second.write_bytes(second.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=f"{second.name} is damaged.*going on from {first.name}"): assert one.resume()
+    assert one.steps == 0
+    first.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="no whole checkpoint is left"): one.resume()
+
+
+def named_by_its_hash(folder, content):
+    torch.save(content, folder/"x")
+    path = folder/f"last-00000001-{hashlib.sha256((folder/'x').read_bytes()).hexdigest()[:16]}.pt"
+    (folder/"x").rename(path)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    named_by_its_hash(tmp_path, {"model": {}})
+    with pytest.raises(ValueError, match="not a checkpoint of shipnb"): learner(tmp_path).resume()
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path/"evil"),)
-    torch.save({"shipnb": 1, "x": Evil()}, tmp_path/"last.pt")
-    with pytest.raises(ValueError): learner(tmp_path).resume()
+    named_by_its_hash(tmp_path, {"shipnb": 1, "x": Evil()})
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"): learner(tmp_path).resume()
     assert not (tmp_path/"evil").exists()
 
 

@@ -876,5 +876,7 @@ d = { 'settings': { 'branch': 'main',
                                  'shipnb.training.make_schedule': ('training.html#make_schedule', 'shipnb/training.py'),
                                  'shipnb.training.moving_average': ('training.html#moving_average', 'shipnb/training.py'),
                                  'shipnb.training.quick_model': ('training.html#quick_model', 'shipnb/training.py'),
+                                 'shipnb.training.set_seeds': ('training.html#set_seeds', 'shipnb/training.py'),
                                  'shipnb.training.split_by': ('training.html#split_by', 'shipnb/training.py'),
+                                 'shipnb.training.stalled': ('training.html#stalled', 'shipnb/training.py'),
                                  'shipnb.training.train_model': ('training.html#train_model', 'shipnb/training.py')}}}

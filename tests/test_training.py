@@ -388,3 +388,30 @@ def test_what_is_left_at_its_default_is_no_part_of_the_key():
 
 def test_a_recipe_is_its_key():
     assert Recipe().key("a") == Recipe().key("a") != Recipe(lr=1e-3).key("a") != Recipe(lr=1e-3).key("b")
+
+
+def test_a_training_that_ended_early_is_not_taken_up_again(tmp_path, monkeypatch):
+    from shipnb.catalog import read_airbus
+    from shipnb.fleet import make_fleet
+    from shipnb.training import split_by, train_model
+    catalog = read_airbus(make_fleet(tmp_path/"fleet", 12, seed=1))
+    parts = split_by(catalog, 0.4)
+    recipe = Recipe(size=32, batch_size=2, precision="32-true", epochs=9, patience=2, lr=1e-9, encoder="tu-resnet10t", decoder=[8, 8, 8, 8, 8], schedule="constant")
+    one = train_model(catalog, parts, recipe, tmp_path/"run", progress=False)
+    assert one.epoch == 3 and len(one.history) == 3, "a learning rate of 1e-9 improves nothing: the first look is the best, and two more end it"
+    before = {o.name: o.read_bytes() for o in (tmp_path/"run"/"model").iterdir()}
+    again = train_model(catalog, parts, recipe, tmp_path/"run", progress=False)
+    assert again.history == one.history and again.epoch == 3
+    assert {o.name: o.read_bytes() for o in (tmp_path/"run"/"model").iterdir()} == before
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_one_seed_gives_one_model(deterministic):
+    from shipnb.training import set_seeds
+    def trained():
+        set_seeds(4, deterministic)
+        one = learner(epochs=2)
+        for _ in one.epochs(2, loader()): pass
+        return weights(one)
+    try: assert torch.equal(trained(), trained()) and torch.are_deterministic_algorithms_enabled() == deterministic
+    finally: torch.use_deterministic_algorithms(False)

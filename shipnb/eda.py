@@ -9,10 +9,10 @@ __all__ = ['BANDS_M', 'AREA_BANDS', 'SHIP_BANDS', 'BINS', 'QUANTILES', 'WATER', 
            'has_codes', 'read_boxes', 'colour_table', 'small_end', 'small_end_gap', 'lorenz', 'pixel_shares',
            'area_table', 'expected_cuts', 'count_components', 'touching_table', 'scene_summary', 'class_table',
            'box_sides', 'steady_heading', 'label_statistics', 'compare', 'look', 'plot_presence', 'plot_ship_counts',
-           'plot_measure', 'plot_geometry', 'plot_length_width', 'block_mean', 'plot_map', 'plot_centres',
-           'plot_file_sizes', 'plot_colour', 'plot_concentration', 'plot_small_end', 'plot_against', 'plot_areas',
-           'plot_touching', 'plot_scenes', 'plot_classes', 'plot_sides', 'plot_label_set', 'outlined', 'sample_grid',
-           'ship_crops', 'as_jpeg']
+           'plot_ship_shares', 'plot_measure', 'plot_geometry', 'plot_length_width', 'block_mean', 'plot_map',
+           'plot_centres', 'plot_file_sizes', 'plot_colour', 'plot_concentration', 'plot_small_end', 'plot_against',
+           'plot_areas', 'plot_touching', 'plot_scenes', 'plot_classes', 'plot_sides', 'plot_label_set', 'outlined',
+           'sample_grid', 'ship_crops', 'as_jpeg']
 
 # %% ../nbs/03_eda.ipynb #3eeaf788
 import io
@@ -245,10 +245,15 @@ def shape_table(images):
 
 # %% ../nbs/03_eda.ipynb #edab0017
 def row_table(images):
-    """Say what repeated ids mean: Series of label rows (one per ship, one for an image without), ids, repeated_ids (images with several ships), rows_of_repeated (rows that belong to them)."""
+    """Say what repeated ids mean, from the column `count` of `images`.
+
+    Returns
+    -------
+    Series: rows of the label table (one per ship, one for an image without), ids (images), repeated_ids (images with several ships), rows_of_repeated (the rows of those).
+    """
     counts = images["count"].to_numpy(np.int64)
-    rows = np.maximum(counts, 1)
-    return pd.Series(dict(rows=int(rows.sum()), ids=len(rows), repeated_ids=int((counts > 1).sum()), rows_of_repeated=int(rows[counts > 1].sum())), name="label rows")
+    rows, several = np.maximum(counts, 1), counts > 1
+    return pd.Series(dict(rows=int(rows.sum()), ids=len(rows), repeated_ids=int(several.sum()), rows_of_repeated=int(rows[several].sum())), name="label rows")
 
 # %% ../nbs/03_eda.ipynb #b31e9baf
 def size_rule(images, cuts=(40, 46, 52, 58, 64, 80, 100), kilobyte=1024):
@@ -440,15 +445,24 @@ AREA_BANDS = (1, 10, 25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 589_825)  # p
 
 
 def area_table(geometry, bands=AREA_BANDS):
-    """Count ships by area: DataFrame from_px, to_px (half-open), ships, share, below (share of the ships smaller than to_px), cut (share of the band that touches the window's edge),
-    pixel_share (of all ship pixels), per_px (ships per pixel of the band's width)."""
-    area, edges = geometry["area"].to_numpy(), np.asarray(bands)
-    band = np.digitize(area, edges) - 1
-    total = lambda weight: np.bincount(band[(band >= 0) & (band < len(edges) - 1)], weight[(band >= 0) & (band < len(edges) - 1)], len(edges) - 1)
-    ships = total(np.ones(len(area))).astype(np.int64)
-    table = pd.DataFrame(dict(from_px=edges[:-1], to_px=edges[1:], ships=ships, share=ships / max(len(area), 1)))
-    cut = total(geometry["at_edge"].to_numpy(float)) / np.maximum(ships, 1)
-    return table.assign(below=table.share.cumsum(), cut=np.where(ships, cut, np.nan), pixel_share=total(area.astype(float)) / max(area.sum(), 1), per_px=ships / np.diff(edges))
+    """Count ships by area.
+
+    Parameters
+    ----------
+    geometry : DataFrame of `ship_geometry`.
+    bands : edges of the bands, pixels of area, half-open.
+
+    Returns
+    -------
+    DataFrame from_px, to_px, ships, share (of all ships), below (share of the ships smaller than to_px), cut (share of the band's ships that touch the
+    window's edge, NaN without ships), pixel_share (of all ship pixels), per_px (ships per pixel of the band's width).
+    """
+    area, edges = geometry["area"].to_numpy(float), np.asarray(bands)
+    total = lambda weight: np.histogram(area, edges, weights=weight)[0]
+    ships, n = np.histogram(area, edges)[0], max(len(area), 1)
+    cut = total(geometry["at_edge"].to_numpy(float)) / np.where(ships, ships, np.nan)
+    return pd.DataFrame(dict(from_px=edges[:-1], to_px=edges[1:], ships=ships, share=ships / n, below=np.cumsum(ships) / n, cut=cut,
+                             pixel_share=total(area) / max(area.sum(), 1), per_px=ships / np.diff(edges)))
 
 # %% ../nbs/03_eda.ipynb #edab0005
 def expected_cuts(geometry, shape=(768, 768)):
@@ -461,14 +475,16 @@ def expected_cuts(geometry, shape=(768, 768)):
 
     Returns
     -------
-    dict: ships, cut (touching an edge), cut_share, expected (cut ships that the whole ones stand for; Horvitz and Thompson, 1952), expected_share, found (cut / expected).
+    dict: ships, cut (touching an edge), cut_share, expected (cut ships that the whole ones stand for; Horvitz and Thompson, 1952), expected_share, found (cut / expected;
+    NaN when none is expected).
     """
     whole, cut = geometry[geometry["at_edge"] == False], int(geometry["at_edge"].sum())  # noqa: E712, the column may hold objects
     w, h = (whole[b].to_numpy(float) - whole[a].to_numpy(float) for a, b in (("x0", "x1"), ("y0", "y1")))
     inner = np.maximum(shape[1] - w - 1, 1) * np.maximum(shape[0] - h - 1, 1)   # a ship that touches the edge counts as cut: one pixel less on each side
     expected = float(((shape[1] + w - 1) * (shape[0] + h - 1) / inner - 1).sum())
     n = len(whole) + cut
-    return dict(ships=n, cut=cut, cut_share=cut / max(n, 1), expected=round(expected), expected_share=expected / max(len(whole) + expected, 1), found=cut / expected if expected else np.nan)
+    return dict(ships=n, cut=cut, cut_share=cut / max(n, 1), expected=round(expected), expected_share=expected / max(len(whole) + expected, 1),
+                found=cut / expected if expected else np.nan)
 
 # %% ../nbs/03_eda.ipynb #edab0007
 def _merged(image, column, y0, y1, shape):
@@ -541,14 +557,16 @@ def touching_table(counts, components):
 
     Returns
     -------
-    DataFrame by number of ships: images (with known components), ships, components, merged (ships - components), merged_share (of the ships), touching_share (of the images with fewer components than ships).
+    DataFrame by number of ships: images (with known components), ships, components, merged (ships - components), merged_share (merged / ships),
+    touching_share (share of the images that have fewer components than ships).
     """
     counts, components = np.asarray(counts), np.asarray(components, float)
     known, rows = ~np.isnan(components), {}
     for name, (low, high) in {**SHIP_BANDS, "all": (1, 10**6)}.items():
         these = known & (counts >= low) & (counts <= high)
         ships, parts, fewer = int(counts[these].sum()), int(components[these].sum()), int((components[these] < counts[these]).sum())
-        rows[name] = dict(images=int(these.sum()), ships=ships, components=parts, merged=ships - parts, merged_share=(ships - parts) / max(ships, 1), touching_share=fewer / max(these.sum(), 1))
+        rows[name] = dict(images=int(these.sum()), ships=ships, components=parts, merged=ships - parts, merged_share=(ships - parts) / max(ships, 1),
+                          touching_share=fewer / max(these.sum(), 1))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ships_in_image")
 
 # %% ../nbs/03_eda.ipynb #edab000d
@@ -562,20 +580,29 @@ def scene_summary(images, valid=.2):
 
     Returns
     -------
-    Series: images (in a known scene), scenes, largest (images), single_share (scenes of one image), ship_scene_share (scenes with a ship), empty_beside_ships (share of the images without ships that come
-    from a scene with ships), top_scenes_ships (share of the ships in the hundredth of the scenes that has most), leak (expected share of the held-out images with another image of their scene in training).
+    Series: images (in a known scene), scenes, largest (images), single_share (share of the scenes that have one image), ship_scene_share (share of the scenes
+    that have a ship), empty_beside_ships (share of the images without ships that come from a scene with ships), top_scenes_ships (share of the ships in the
+    hundredth of the scenes that has most), leak (expected share of the held-out images with another image of their scene in training).
     """
     known = images[images["group"] != ""]
     by_scene = known.groupby("group")["count"].agg(["size", "sum"])
     size, ships = (known["group"].map(by_scene[o]).to_numpy(float) for o in ("size", "sum"))
     empty, most = (known["count"] == 0).to_numpy(), np.sort(by_scene["sum"].to_numpy())[::-1]
     share = lambda values: float(np.mean(values)) if len(values) else np.nan
-    return pd.Series(dict(images=len(known), scenes=len(by_scene), largest=int(by_scene["size"].max()) if len(by_scene) else 0, single_share=share(by_scene["size"] == 1), ship_scene_share=share(by_scene["sum"] > 0),
-                          empty_beside_ships=share(ships[empty] > 0), top_scenes_ships=float(most[:max(round(len(most) / 100), 1)].sum() / max(most.sum(), 1)), leak=share(1 - valid ** (size - 1))), name="scenes", dtype=object)
+    top = float(most[:max(round(len(most) / 100), 1)].sum() / max(most.sum(), 1))
+    return pd.Series(dict(images=len(known), scenes=len(by_scene), largest=int(size.max(initial=0)), single_share=share(by_scene["size"] == 1),
+                          ship_scene_share=share(by_scene["sum"] > 0), empty_beside_ships=share(ships[empty] > 0), top_scenes_ships=top,
+                          leak=share(1 - valid ** (size - 1))), name="scenes", dtype=object)
 
 # %% ../nbs/03_eda.ipynb #edab0011
 def class_table(catalog):
-    """Count objects by label: DataFrame images, image_share, objects, object_share, area (median, pixels), pixel_share (of all pixels of the set), commonest first. Image-level labels count the whole image."""
+    """Count objects by label.
+
+    Returns
+    -------
+    DataFrame by label, the commonest first: images, image_share, objects, object_share, area (median, pixels), pixel_share (of all pixels of the set).
+    A label of a whole image counts all its pixels.
+    """
     objects, pixels = catalog.objects, float((catalog.images["height"] * catalog.images["width"]).sum())
     table = objects.groupby("label").agg(images=("image", "nunique"), objects=("image", "size"), area=("area", "median"), pixel_share=("area", "sum"))
     table.insert(1, "image_share", table["images"] / max(len(catalog), 1))
@@ -653,6 +680,11 @@ WATER, SHIP, ONE, REFERENCE = "#0072B2", "#D55E00", "#E69F00", "0.35"  # Okabe a
 PERCENT, PLAIN = FuncFormatter(lambda value, _: f"{value:g} %"), FuncFormatter(lambda value, _: f"{value:g}")
 
 
+def _percent(share, digits=0):
+    """A share as text."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def look():
     """Set the look of the figures."""
     sns.set_theme(style="ticks", context="notebook", font_scale=.8, palette="colorblind",
@@ -668,9 +700,9 @@ def plot_presence(images, ax=None):
     """Draw the numbers of images without ships, with one and with several; returns the Axes."""
     ax, table = _axes(ax, 6, 1.8), presence_table(images)
     bars = ax.barh(table.index.astype(str), table.images, color=[WATER, ONE, SHIP], height=.7)
-    ax.bar_label(bars, [f"{o.images:,} ({o.share:.1%})" for o in table.itertuples()], padding=4)
+    ax.bar_label(bars, [f"{o.images:,} ({_percent(o.share, 1)})" for o in table.itertuples()], padding=4)
     ax.invert_yaxis()
-    ax.margins(x=.25)
+    ax.set_xlim(0, 1.75 * max(table.images.max(), 1))   # room for the numbers
     ax.set(xlabel="images", title=f"Images by label (n = {len(images):,})")
     return ax
 
@@ -687,6 +719,17 @@ def plot_ship_counts(images, reference=None, ax=None):
     ax.yaxis.set_major_formatter(PERCENT)
     ax.set(xlabel="ships in the image", ylabel="images", title=f"Ships per image (n = {len(images):,})")
     return ax
+
+# %% ../nbs/03_eda.ipynb #46a9e545
+def plot_ship_shares(images, ax=None):
+    """Draw the share of all ships that stand in images of 1, 2, ... ships; returns the Axes."""
+    ax, table = _axes(ax), count_table(images).iloc[1:]
+    ax.bar(table.index, 100 * table.ship_share, color=[ONE] + [SHIP] * (len(table) - 1), width=.8)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.set(xlabel="ships in the image", ylabel="share of the ships", title=f"Ships by image (n = {table.ships.sum():,} ships)")
+    return ax
+
 
 # %% ../nbs/03_eda.ipynb #63d60c9e
 LABELS = dict(area="area (pixels)", length="length (pixels)", width="width (pixels)", aspect="length / width",
@@ -835,11 +878,16 @@ def plot_small_end(table, ax=None):
     ax, gap = _axes(ax, 6, 3.2), small_end_gap(table)
     ax.stairs(table.ships_per_metre, np.append(table.from_m, table.to_m.iloc[-1]), color=SHIP, fill=True, alpha=.85)
     below, peak = table[table.from_m < gap["peak_from_m"]], table.ships_per_metre.max()
-    ax.stairs(np.full(len(below), peak), np.append(below.from_m, gap["peak_from_m"]), baseline=below.ships_per_metre, fill=True, color="0.85", hatch="///", edgecolor="0.6",
-              label=f"not covered, at least: {gap['ships']:,} ships\nwhere a flat density has {gap['expected']:,}") if len(below) else None
-    if len(below): ax.legend()
-    ax.set(xlim=(0, 120), xlabel="ship length (metres)", ylabel="labelled ships per metre", title=f"The small end (n = {table.ships.sum():,} ships, {(table.share[table.to_m <= 120]).sum():.0%} shown)")
+    if len(below):
+        ax.stairs(np.full(len(below), peak), np.append(below.from_m, gap["peak_from_m"]), baseline=below.ships_per_metre, fill=True,
+                  color="0.85", hatch="///", edgecolor="0.6",
+                  label=f"below {gap['peak_from_m']} m: {gap['ships']:,} labels,\n{gap['expected']:,} if none were rarer\nthan at the peak")
+        ax.legend(fontsize=8, loc="upper right", borderaxespad=0)
+    shown = table.share[table.to_m <= 120].sum()
+    ax.set(xlim=(0, 120), xlabel="ship length (metres)", ylabel="labelled ships per metre",
+           title=f"The small end (n = {table.ships.sum():,} ships, {_percent(shown)} shown)")
     return ax
+
 
 # %% ../nbs/03_eda.ipynb #7d5e4314
 def plot_against(comparison):
@@ -862,47 +910,59 @@ def plot_against(comparison):
 def plot_areas(table, ax=None):
     """Draw an `area_table`: ships by area, the part that the window's edge cuts, and a line at 100 pixels; returns the Axes."""
     ax, place = _axes(ax, 6, 3.2), np.arange(len(table))
-    cut = 100 * (table.share * table.cut.fillna(0))
-    ax.bar(place, 100 * table.share - cut, color=SHIP, width=.85, label="whole")
-    ax.bar(place, cut, bottom=100 * table.share - cut, color=ONE, width=.85, label="cut by the window's edge")
-    small = int((table.to_px <= 100).sum())
-    ax.axvline(small - .5, color=REFERENCE, linestyle="--", linewidth=1)
-    below = table.below[small - 1] if small else 0
-    ax.set_ylim(0, 100 * table.share.max() * 1.4)
-    ax.annotate(f"{below:.1%} of the ships\nbelow 100 px", (small - .6, ax.get_ylim()[1] * .98), ha="right", va="top", fontsize=8, color=REFERENCE)
-    ax.set_xticks(place, [f"{o:,}" for o in table.from_px], rotation=45, ha="right", rotation_mode="anchor")
+    share, cut = 100 * table.share, 100 * table.share * table.cut.fillna(0)
+    ax.bar(place, share - cut, color=SHIP, width=.88, linewidth=0, label="whole")
+    ax.bar(place, cut, bottom=share - cut, color=ONE, width=.88, linewidth=0, label="cut by the image's edge")
+    ax.set_ylim(0, max(share.max() * 1.4, 1))
+    small = table.share[table.to_px <= 100]
+    if len(small): ax.axvline(len(small) - .5, color=REFERENCE, linestyle="--", linewidth=1)
+    ax.set_xticks(place - .5, [f"{o:,}" for o in table.from_px], rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.legend(loc="upper right", fontsize=8)
-    ax.set(xlabel="area from (pixels)", ylabel="ships", title=f"Small labels (n = {table.ships.sum():,} ships)")
+    ax.legend(loc="upper right", fontsize=8, borderaxespad=0)
+    ax.set(xlabel="ship area (pixels; the last bar is open)", ylabel="share of the ships",
+           title=f"Ship areas, {_percent(small.sum(), 1)} below 100 px (n = {table.ships.sum():,} ships)")
     return ax
+
 
 # %% ../nbs/03_eda.ipynb #edab0014
 def plot_touching(table, ax=None):
     """Draw a `touching_table`: the share of ships that a mask merges with another, by ships in the image; returns the Axes."""
     ax, rows = _axes(ax, 6, 2.6), table.drop(index="all")
     shown = rows.merged_share.clip(lower=0)   # a single ship can have several parts: then there are more components than ships
-    bars = ax.bar(rows.index, 100 * shown, color=[ONE] + [SHIP] * (len(rows) - 1), width=.75)
-    ax.bar_label(bars, [f"{o:.1%}" for o in shown], padding=2, fontsize=8)
-    ax.margins(y=.2)
+    bars = ax.bar(rows.index.str.replace(" and more", "+").str.replace(" to ", "-"), 100 * shown, color=[ONE] + [SHIP] * (len(rows) - 1), width=.75)
+    ax.bar_label(bars, [_percent(o, 1) for o in shown], padding=2, fontsize=8)
+    ax.set_ylim(0, max(120 * shown.max(), 1))
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="ships in the image", ylabel="ships lost in the mask", title=f"Touching ships ({table.merged['all']:,} of {table.ships['all']:,} merge)")
+    ax.set(xlabel="ships in the image", ylabel="ships lost by merging", title=f"Touching ships ({table.merged['all']:,} of {table.ships['all']:,} merge)")
     return ax
 
 
-def plot_scenes(images, valid=.2, ax=None):
-    """Draw how many images come from scenes of each size; the title says which share of the held-out images a random split with the share `valid` leaks, that is, has another image of the scene in training. Returns the Axes."""
+# %% ../nbs/03_eda.ipynb #b944847d
+def _doubling_bands(largest):
+    """Bands of scene size 1, 2-3, 4-7, 8-15, ...: their edges (n + 1,), half-open, and their names."""
+    edges = 2 ** np.arange(int(max(largest, 1)).bit_length() + 1)
+    return edges, [f"{a}" if a == 1 else f"{a}-{b - 1}" for a, b in zip(edges[:-1], edges[1:])]
+
+
+def plot_scenes(images, ax=None):
+    """Draw the share of images whose scene has one image, 2 to 3, 4 to 7, ..., with and without ships; returns the Axes.
+
+    Images of no known scene are left out.
+    """
     ax, known = _axes(ax, 6, 2.8), images[images["group"] != ""]
     size = known["group"].map(known["group"].value_counts()).to_numpy(np.int64)
-    most = max(int(size.max(initial=1)), 1)
-    bins = np.unique(np.geomspace(1, most + 1, 14).astype(int)) if most > 12 else np.arange(1, most + 2)
-    for ships, colour, name in ((False, WATER, "without ships"), (True, SHIP, "with ships")):
-        part = size[((known["count"] > 0) == ships).to_numpy()]
-        ax.stairs(100 * np.histogram(part, bins)[0] / max(len(size), 1), np.arange(len(bins)), fill=True, alpha=.6, color=colour, label=name)
-    ax.set_xticks(np.arange(len(bins) - 1) + .5, [f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(bins[:-1], bins[1:])], rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    edges, names = _doubling_bands(size.max(initial=1))
+    ships, floor = (known["count"] > 0).to_numpy(), np.zeros(len(names))
+    for these, colour, name in ((~ships, WATER, "without ships"), (ships, SHIP, "with ships")):
+        share = 100 * np.histogram(size[these], edges)[0] / max(len(size), 1)
+        ax.bar(names, share, bottom=floor, color=colour, width=.88, linewidth=0, label=name)
+        floor = floor + share
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.legend(fontsize=8)
-    ax.set(xlabel="images of the same scene", ylabel="images", title=f"Scenes: {scene_summary(images, valid).leak:.0%} leak at random (n = {len(size):,})")
+    ax.legend(fontsize=8, borderaxespad=0)
+    ax.set(xlabel="images in the scene", ylabel="share of the images", title=f"Scenes (n = {len(size):,} images)")
     return ax
+
 
 # %% ../nbs/03_eda.ipynb #edab0015
 def plot_classes(table, ax=None):
@@ -927,24 +987,50 @@ def plot_sides(sides, ax=None):
     return ax
 
 # %% ../nbs/03_eda.ipynb #edab0016
-def plot_label_set(images, geometry, touching):
-    """Draw six panels of a whole label set: presence, ships per image, areas, the small end, touching ships, scenes; returns the Figure.
+def _messages(images, geometry, touching):
+    """One sentence for each panel of `plot_label_set`, taken from the data, and the n behind it; "" for a panel without data."""
+    ships, scenes = int(images["count"].sum()), scene_summary(images)
+    several, whole = int(images["count"][images["count"] > 1].sum()), touching.loc["all"]
+    alone = scenes.single_share * scenes.scenes / scenes.images if scenes.images else 1.
+    gap = small_end_gap(small_end(geometry.length_m)) if len(geometry) else {}
+    coded = f"n = {len(geometry):,} ships with codes"
+    return [f"{_percent((images['count'] == 0).mean())} of the images show no ship\nn = {len(images):,} images",
+            f"{_percent(several / max(ships, 1))} of the ships share an image\nn = {ships:,} ships",
+            f"{_percent((geometry.area < 100).mean())} of the ships have under 100 px\n{coded}" if len(geometry) else "",
+            f"Labels are densest at {gap['peak_from_m']} to {gap['peak_to_m']} m\n{coded}" if gap else "",
+            f"{_percent(max(whole.merged_share, 0))} fewer components than ships\n{int(whole.ships):,} ships, {int(whole.components):,} connected components" if whole.images else "",
+            f"{_percent(1 - alone)} of the images share a scene\n{scenes.images:,} images from {scenes.scenes:,} scenes" if scenes.images else ""]
 
-    `images` as `Catalog.images`, `geometry` of `catalog_geometry`, `touching` of `touching_table`. A panel without data stays empty.
+
+# %% ../nbs/03_eda.ipynb #166c4f20
+def plot_label_set(images, geometry, touching, source=""):
+    """Draw a whole label set in six panels, one message each: presence, sharing, areas, the small end, touching ships, scenes; returns the Figure.
+
+    Parameters
+    ----------
+    images : DataFrame as `Catalog.images`.
+    geometry : DataFrame of `catalog_geometry`; may be empty.
+    touching : DataFrame of `touching_table`.
+    source : where the labels come from, written under the panels.
+
+    A panel without data stays empty.
     """
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), layout="constrained")
-    plot_presence(images, axes[0, 0])
-    plot_ship_counts(images, ax=axes[0, 1])
-    if len(geometry):
-        plot_areas(area_table(geometry), axes[0, 2])
-        plot_small_end(small_end(geometry.length_m), axes[1, 0])
-    if touching.images["all"]: plot_touching(touching, axes[1, 1])
-    if (images["group"] != "").any(): plot_scenes(images, ax=axes[1, 2])
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.8), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, .035, 1, .965), wspace=.04, hspace=.06)   # a strip below for the source
+    messages = _messages(images, geometry, touching)
+    draw = [lambda ax: plot_presence(images, ax), lambda ax: plot_ship_shares(images, ax), lambda ax: plot_areas(area_table(geometry), ax),
+            lambda ax: plot_small_end(small_end(geometry.length_m), ax), lambda ax: plot_touching(touching, ax), lambda ax: plot_scenes(images, ax)]
+    for ax, panel, message in zip(axes.flat, draw, messages):
+        if not message:
+            ax.set_axis_off()
+            continue
+        panel(ax).set_title(message.partition("\n")[0] + "\n", fontweight="bold")
+        ax.annotate(message.partition("\n")[2], (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, color=REFERENCE)
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(3))
-    axes[0, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in axes.flat:
-        if not ax.has_data(): ax.set_axis_off()
+    axes[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if source: figure.text(.995, .012, f"Source: {source}", ha="right", fontsize=8, color=REFERENCE)
     return figure
+
 
 # %% ../nbs/03_eda.ipynb #fe50c602
 RINGS = [(240, 228, 66), (230, 159, 0), (255, 140, 190), (120, 220, 255)]  # RGB; bright on water, apart for colour-blind readers

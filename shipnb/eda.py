@@ -774,7 +774,8 @@ def plot_length_width(geometry, ax=None):
     for aspect in (1, 2, 4, 8):
         ax.plot(ends, ends / aspect, color="0.6", linewidth=.8, zorder=0)
         ax.annotate(f"{aspect}:1", (min(ends[1], ax.get_ylim()[1] * aspect), min(ends[1] / aspect, ax.get_ylim()[1])), xytext=(2, 2), textcoords="offset points", color="0.4", fontsize=8)
-    ax.figure.colorbar(cells, ax=ax, label="ships per cell", format=PLAIN, pad=.06)
+    bar = ax.figure.colorbar(cells, ax=ax, label="ships per cell", ticks=LogLocator(10, subs=(1, 2, 5)), format=PLAIN, pad=.06)
+    bar.minorticks_off()
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PLAIN)
     ax.set(xlabel="length (pixels)", ylabel="width (pixels)", title=f"Length and width (n = {len(geometry):,} ships)")
     return ax
@@ -969,9 +970,9 @@ def plot_classes(table, ax=None):
     """Draw a `class_table`: objects by label; returns the Axes."""
     ax = _axes(ax, 5, .6 + .35 * max(len(table), 1))
     bars = ax.barh(table.index.astype(str), table.objects, color=SHIP, height=.7)
-    ax.bar_label(bars, [f"{o.objects:,} ({o.object_share:.0%}), {o.pixel_share:.2%} of the pixels" for o in table.itertuples()], padding=4, fontsize=8)
+    ax.bar_label(bars, [f"{o.objects:,} ({_percent(o.object_share)}), {_percent(o.pixel_share, 2)} of the pixels" for o in table.itertuples()], padding=4, fontsize=8)
     ax.invert_yaxis()
-    ax.margins(x=.9)
+    ax.set_xlim(0, 2.2 * max(table.objects.max(), 1))   # room for the numbers
     ax.set(xlabel="objects", title=f"Classes (n = {table.objects.sum():,} objects)")
     return ax
 
@@ -1024,8 +1025,9 @@ def plot_label_set(images, geometry, touching, source=""):
         if not message:
             ax.set_axis_off()
             continue
-        panel(ax).set_title(message.partition("\n")[0] + "\n", fontweight="bold")
-        ax.annotate(message.partition("\n")[2], (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, color=REFERENCE)
+        title, n = message.split("\n")
+        panel(ax).set_title(title, fontweight="bold", pad=20)
+        ax.annotate(n, (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, color=REFERENCE)
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(3))
     axes[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if source: figure.text(.995, .012, f"Source: {source}", ha="right", fontsize=8, color=REFERENCE)

@@ -1,5 +1,6 @@
 """Measurements from run-length codes against full masks, OpenCV and counting by hand; the label tables alone."""
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -198,3 +199,72 @@ def test_real_boxes_are_the_components_of_the_real_codes(real_data):
     agree = (eda.count_components(catalog)[some] == theirs[some]).mean()
     four = (eda.count_components(catalog, 4)[some] == theirs[some]).mean()
     assert len(some) == 19_539 and agree == 1 and 0.9 < four < 0.99          # theirs are 8-connected
+
+
+# --- the figure of the whole set
+
+def label_set(seed=0, images=400):
+    """Images in scenes, ships with areas and lengths, components: tables of the size and shape that a real set has."""
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"count": np.where(rng.random(images) < 0.7, 0, rng.integers(1, 16, images)), "group": rng.integers(0, images // 3, images).astype(str)})
+    ships = int(table["count"].sum())
+    geometry = pd.DataFrame(dict(area=np.exp(rng.normal(5.9, 1.6, ships)).round().clip(2), length_m=np.exp(rng.normal(4, 0.8, ships)), at_edge=rng.random(ships) < 0.1))
+    components = np.where(table["count"] > 2, table["count"] - 1, table["count"])
+    return table, geometry, eda.touching_table(table["count"], components)
+
+
+def heights(ax):
+    """Heights of the bars of an Axes, one array per series."""
+    return [np.array([bar.get_height() for bar in series]) for series in ax.containers]
+
+
+def test_the_panels_say_what_counting_says():
+    eda.look()
+    images, geometry, touching = label_set()
+    counts, scene = images["count"], images.groupby("group")["group"].transform("size")
+    titles = [ax.get_title(loc="left") for ax in eda.plot_label_set(images, geometry, touching).axes]
+    assert titles[0] == f"{100 * (counts == 0).mean():.0f} % of the images show no ship"
+    assert titles[1] == f"{100 * counts[counts > 1].sum() / counts.sum():.0f} % of the ships share an image"
+    assert titles[2] == f"{100 * (geometry.area < 100).mean():.0f} % of the ships have under 100 px"
+    assert titles[4] == f"{100 * (counts > 2).sum() / counts.sum():.0f} % fewer components than ships"
+    assert titles[5] == f"{100 * (scene > 1).mean():.0f} % of the images share a scene"
+    plt.close("all")
+
+
+def drawn_texts(figure):
+    """(text, rotation, box in pixels) of every text that is drawn; matplotlib also keeps ticks beyond an axis's ends, which are not."""
+    figure.canvas.draw()
+    ticks = {label: low <= tick.get_loc() <= high for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)
+             for low, high in [sorted(axis.get_view_interval())] for tick in axis.get_major_ticks() + axis.get_minor_ticks() for label in (tick.label1, tick.label2)}
+    texts = [o for o in figure.findobj(plt.Text) if o.get_visible() and o.get_text().strip() and ticks.get(o, True)]
+    return [(o.get_text(), o.get_rotation(), o.get_window_extent()) for o in texts]
+
+
+@pytest.mark.parametrize("images", [400, 40_000])
+def test_no_text_of_the_figure_is_cut_or_covers_another(images):
+    eda.look()
+    figure = eda.plot_label_set(*label_set(images=images), source="Airbus Ship Detection Challenge (Kaggle, 2018), label tables of the training set")
+    texts, size = drawn_texts(figure), figure.bbox
+    assert len(texts) > 60
+    for text, _, box in texts: assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= size.x1 + 1 and box.y1 <= size.y1 + 1, f"{text!r} leaves the figure"
+    level = [(text, box) for text, rotation, box in texts if rotation in (0, 90)]   # the boxes of slanted ticks overlap where the words do not
+    for k, (text, box) in enumerate(level):
+        covered = [o for o, other in level[k + 1:] if min(box.x1, other.x1) - max(box.x0, other.x0) > 1 and min(box.y1, other.y1) - max(box.y0, other.y0) > 1]
+        assert not covered, f"{text!r} covers {covered}"
+    plt.close(figure)
+
+
+def test_panels_without_data_stay_empty():
+    images = pd.DataFrame({"count": [0, 0, 1], "group": ""})
+    figure = eda.plot_label_set(images, eda.ship_geometry([]), eda.touching_table(images["count"], [0, 0, np.nan]))
+    assert [ax.axison for ax in figure.axes] == [True, True, False, False, False, False]
+    plt.close(figure)
+
+
+def test_bars_of_scenes_and_shares_by_hand():
+    images = pd.DataFrame({"count": [0, 3, 0, 1, 0, 0, 0, 9], "group": ["a", "b", "b", "c", "c", "c", "c", ""]})
+    empty, ships = heights(eda.plot_scenes(images))                       # scenes of 1, 2 and 4 of the 7 images in a known scene
+    assert np.allclose(empty, np.array([1, 1, 3]) / 7 * 100) and np.allclose(ships, np.array([0, 1, 1]) / 7 * 100)
+    [shares] = heights(eda.plot_ship_shares(images.iloc[:7]))
+    assert np.allclose(shares, [25, 0, 75])
+    plt.close("all")

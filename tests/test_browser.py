@@ -1,5 +1,7 @@
 """Notebooks in the real JupyterLab: a browser opens them, Run All runs them to the end without an edit."""
+import csv
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from shipnb import fleet
+from shipnb.catalog import read_airbus
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -89,6 +92,7 @@ def lab(checkout):
 
 @pytest.fixture(scope="module")
 def browser():
+    assert CHROMIUM, "SHIPNB_BROWSER is set, but no Chromium is installed (apt-get install chromium)"
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
@@ -121,3 +125,77 @@ def test_run_all_works_without_an_edit(name, lab, browser, checkout, tmp_path):
     # each cell ran here, once, in order, and none was changed for it
     assert nb["metadata"]["kernelspec"]["name"] == "python3" and any(o["outputs"] for o in code)
     if name == "07_sampler": assert (checkout/"runs"/"default"/name/"results.json").is_file()
+
+
+# --- explore: what a person does with it
+
+def until(said, *wanted):
+    """Wait until a function gives one of the wanted values (a callable: is true of it), and return what it gives. The browser draws when it likes."""
+    end = time.monotonic() + SECONDS
+    while True:
+        got = said()
+        if any(o(got) if callable(o) else got == o for o in wanted): return got
+        assert time.monotonic() < end, f"the browser still shows {got!r}"
+        time.sleep(.1)
+
+
+def pictures(page):
+    """(width, height) of the pictures that are seen; each must be one that the browser could decode."""
+    return page.evaluate("() => [...document.querySelectorAll('.shipnb-explore .shipnb-tile img')].map(o => [o.naturalWidth, o.naturalHeight])")
+
+
+def captions(page):
+    return page.locator(".shipnb-explore .shipnb-tile .shipnb-foot .widget-html").all_inner_texts()
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_explore_filters_pages_marks_and_saves(theme, lab, browser, checkout, tmp_path):
+    saved = checkout/"runs"/"excluded.csv"
+    saved.unlink(missing_ok=True)
+    page = browser.new_page(viewport=dict(width=1500, height=1250))
+    page.set_default_timeout(1000 * SECONDS)
+    look = lambda name: page.screenshot(path=tmp_path/f"{name}.png")
+    try:
+        nb = run_all(page, f"{lab}/lab/tree/nbs/03c_explore.ipynb?reset")
+        page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+        errors = [o["evalue"] for cell in nb["cells"] if cell["cell_type"] == "code" for o in cell["outputs"] if o["output_type"] == "error"]
+        assert not errors
+        tool = page.locator(".shipnb-explore")
+        text = lambda: re.sub(r"\s+", " ", tool.inner_text())
+        names = lambda: [o.split()[0] for o in captions(page)]
+        tool.scroll_into_view_if_needed()
+        catalog = read_airbus(checkout/"data"/"sample")
+        order = catalog.images["image"].tolist()
+        several = [name for name, count in zip(order, catalog.counts) if count >= 3]
+        until(names, several[:20])
+        until(lambda: pictures(page), lambda o: len(o) == len(several[:20]) and all(max(size) == 176 for size in o))
+        look("page")
+        tool.get_by_role("button", name="clear filters").click()
+        until(names, order[:20])
+        assert f"{len(order)} of {len(order)} images" in text()
+        tool.get_by_title("next page").click()
+        until(names, order[20:40])
+        tool.locator(".shipnb-mark").nth(4).click()          # mark the fifth
+        until(lambda: tool.locator(".shipnb-out").count(), 1)
+        until(text, lambda o: "not saved yet" in o and "1 excluded" in o)
+        assert not saved.exists()
+        look("marked")
+        tool.locator(".shipnb-hit").nth(1).click()           # open the second at full size
+        size = "() => { const o = document.querySelector('.shipnb-large img'); return o && [o.naturalWidth, o.naturalHeight, o.width]; }"
+        until(lambda: page.evaluate(size), [768, 768, 768])
+        until(lambda: tool.locator(".shipnb-facts b").inner_text(), order[21])
+        tool.get_by_placeholder("why it is left out").fill("glare, half the image")
+        tool.get_by_placeholder("why it is left out").press("Enter")
+        until(text, lambda o: "2 excluded" in o)
+        look("large")
+        tool.get_by_role("button", name="save list").click()
+        until(text, lambda o: "2 names saved in runs/excluded.csv" in o)
+        with open(saved, newline="") as f: assert list(csv.reader(f)) == [["ImageId", "Note"], [order[24], ""], [order[21], "glare, half the image"]]
+        tool.get_by_role("button", name="all images").click()
+        until(lambda: tool.locator(".shipnb-out").count(), 2)
+        until(names, order[20:40])
+        tool.get_by_placeholder("name, scene or note").fill("no such note")
+        tool.get_by_placeholder("name, scene or note").press("Enter")
+        until(names, [])
+        assert f"0 of {len(order)} images" in text()
+    finally: page.close()

@@ -40,8 +40,8 @@ class Selection:
         images, objects = catalog.images, catalog.objects
         self.counts, self.splits = catalog.counts, images["split"].to_numpy(object)
         self.names = images["image"].tolist()
-        self.owner = pd.Index(images["image"]).get_indexer(objects["image"])
-        self.areas = objects["area"].to_numpy(np.float64)
+        owner = pd.Index(images["image"]).get_indexer(objects["image"])
+        self.owner, self.areas = owner[owner >= 0], objects["area"].to_numpy(np.float64)[owner >= 0]     # an object without its image counts nowhere
         words = ["image", "group", *(o for o in images.columns if o not in IMAGE_COLUMNS and not pd.api.types.is_numeric_dtype(images[o]))]
         text = images[words[0]].astype(str)
         for name in words[1:]: text = text + "\n" + images[name].astype(str)

@@ -145,7 +145,7 @@ def pictures(page):
 
 
 def captions(page):
-    return page.locator(".shipnb-explore .shipnb-tile .shipnb-foot .widget-html").all_inner_texts()
+    return page.locator(".shipnb-explore .shipnb-tile .widget-html").all_inner_texts()
 
 
 def test_explore_filters_pages_marks_and_saves(lab, browser, checkout, tmp_path):

@@ -240,7 +240,7 @@ def one_cycle(optimizer, steps, rise=0.3, start=25.0, end=10_000.0):
     cycled = bool(optimizer.defaults.get("momentum") or "betas" in optimizer.defaults)
     return OneCycle(optimizer, [o["lr"] for o in optimizer.param_groups], total_steps=max(steps, 2), pct_start=rise, div_factor=start, final_div_factor=end, cycle_momentum=cycled)
 
-# %% ../nbs/13_optim.ipynb #71d523a1
+# %% ../nbs/13_optim.ipynb #30f8a327
 class Plateau(ReduceLROnPlateau):
     """torch's ReduceLROnPlateau. Stepped once per epoch, with a score: `step(score, epoch)`."""
     per = "epoch"
@@ -253,6 +253,10 @@ class Plateau(ReduceLROnPlateau):
         self.seen = self.seen + 1 if epoch is None else int(epoch)
         super().step(metrics)
 
+    def _is_better(self, a, best):
+        share = 1 + self.threshold if (self.mode == "max") == (best >= 0) else 1 - self.threshold   # torch's own for a score of at least 0
+        return a > best * share if self.mode == "max" else a < best * share
+
 
 def plateau(optimizer, steps, mode="max", factor=0.1, patience=1, threshold=1e-4, min_lr=0.0, eps=0.0):
     """Return a Plateau: after more than `patience` epochs in a row without a better score, every rate is multiplied by `factor`, down to `min_lr`.
@@ -261,13 +265,14 @@ def plateau(optimizer, steps, mode="max", factor=0.1, patience=1, threshold=1e-4
     ----------
     mode : "max" for a score such as Dice, "min" for a loss.
     factor : float in (0, 1). patience : int, epochs.
-    threshold : float >= 0, the share of the best score by which a better one must differ.
+    threshold : float in [0, 1), the share of the best score by which a better one must differ.
     eps : float >= 0, changes of a rate that are not larger are left out; torch's own default is 1e-8.
     """
     if mode not in ("min", "max"): raise ValueError(f"mode must be 'min' or 'max', not {mode!r}")
     check_number("factor", factor, lambda o: 0 < o < 1, "between 0 and 1")
     check_whole("patience", patience, 0)
-    for name, o in (("threshold", threshold), ("min_lr", min_lr), ("eps", eps)): check_number(name, o, lambda o: o >= 0, "at least 0")
+    check_number("threshold", threshold, lambda o: 0 <= o < 1, "at least 0 and below 1")
+    for name, o in (("min_lr", min_lr), ("eps", eps)): check_number(name, o, lambda o: o >= 0, "at least 0")
     return Plateau(optimizer, mode, factor, patience, threshold, min_lr=min_lr, eps=eps)
 
 # %% ../nbs/13_optim.ipynb #323e93cd

@@ -329,6 +329,26 @@ def test_plateau_is_its_rule(mode, patience):
         assert got[-1] < 1e-6
 
 
+def test_plateau_of_scores_of_either_sign():
+    """torch's own rule asks of a negative score that it be worse; of others ours is torch's to the bit."""
+    worse = [-2.0, -2.0001, -2.0002, -2.0003]
+    for ours, want in ((False, 1.0), (True, 0.1)):
+        opt = dot(1.0)
+        sched = build_schedule("plateau", opt, 1, patience=2) if ours else torch.optim.lr_scheduler.ReduceLROnPlateau(opt, "max", 0.1, 2)
+        for o in worse: sched.step(o)
+        assert opt.param_groups[0]["lr"] == pytest.approx(want)
+    for mode in ("min", "max"):
+        for seed in range(5):
+            scores = np.random.default_rng(seed).uniform(0, 1, 60)
+            pairs = [(opt := dot(1.0), build_schedule("plateau", opt, 1, mode=mode, factor=0.7)), (opt := dot(1.0), torch.optim.lr_scheduler.ReduceLROnPlateau(opt, mode, 0.7, 1, eps=0))]
+            for o in scores:
+                for _, sched in pairs: sched.step(o)
+                assert pairs[0][0].param_groups[0]["lr"] == pairs[1][0].param_groups[0]["lr"]
+            mirrored = build_schedule("plateau", dot(1.0), 1, mode="max" if mode == "min" else "min", factor=0.7)
+            for o in scores: mirrored.step(-o)
+            assert mirrored.optimizer.param_groups[0]["lr"] == pairs[0][0].param_groups[0]["lr"]
+
+
 def test_plateau_is_stepped_once_per_epoch():
     opt = dot(1.0)
     sched = build_schedule("plateau", opt, 1)
@@ -372,6 +392,62 @@ def test_every_schedule_says_when_it_is_stepped(name):
     assert sched.per == ("epoch" if name == "plateau" else "step")
     assert ("once per epoch" if sched.per == "epoch" else "after every step of the optimiser") in inspect.getdoc(type(sched))
 
+# --- inside the Learner
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_learner_stopped_at_any_step_goes_on_bit_equal(tmp_path, name):
+    """Groups, decay, schedule and momentum all come from here; the loop, the data and the stop from the Learner's own tests."""
+    from test_training import TASK, StopAt, Task, loader, net, weights
+
+    from shipnb.training import Learner
+    options = {"staged": dict(rates=[0.05, 0.01], lengths=[2, 2], steps_per_epoch=3), "cosine": dict(warmup_steps=3, warmup_lr=0.01), "plateau": dict(patience=0, threshold=0.5)}
+
+    def learner(folder=None):
+        model = net()
+        opt = build_optimizer("adamw", model, 0.05, 0.1, {"0": 0.1})
+        return Learner(model, TASK, opt, build_schedule(name, opt, 12, **options.get(name, {})), folder, device="cpu", key="k", monitor="score", progress=False)
+
+    whole = learner()
+    for _ in whole.epochs(4, loader(), loader()): pass
+    for at in (1, 3, 5, 9, 12):
+        first = learner(tmp_path/str(at))
+        object.__setattr__(first, "task", Task(StopAt(at).loss, TASK.predict, TASK.metric))
+        with pytest.raises(KeyboardInterrupt):
+            for _ in first.epochs(4, loader(), loader()): pass
+        again = learner(tmp_path/str(at))
+        assert again.resume()
+        for _ in again.epochs(4, loader(), loader()): pass
+        assert torch.equal(weights(whole), weights(again)) and [g["lr"] for g in whole.opt.param_groups] == [g["lr"] for g in again.opt.param_groups]
+    if name == "plateau": assert whole.lr < 0.05
+
+
+def test_frozen_stages_stay_bit_equal_in_the_learner():
+    """Autocast, channels-last, the average of the weights, and a training mode that is set anew each epoch."""
+    from test_training import Order
+
+    from shipnb.tasks import segmentation_task
+    from shipnb.training import Learner
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self): return 12
+        def set_epoch(self, epoch): pass
+        def __getitems__(self, index):
+            image = torch.stack([torch.randint(0, 255, (32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8) for i in index])
+            return dict(image=image, mask=(image[..., 0] > 200).byte(), has_ship=torch.ones(len(index), dtype=torch.bool), index=torch.tensor(index))
+
+    torch.manual_seed(0)
+    model = build_unet("resnet18", decoder=[8, 8, 8, 8, 8])
+    freeze(model, stages=4)
+    start = copy.deepcopy(model.state_dict())
+    opt = build_optimizer("adam", model, 1e-2, groups={"encoder": 0.1})
+    one = Learner(model, segmentation_task({"bce": 1, "jaccard": 1}), opt, build_schedule("onecycle", opt, 6), precision="bf16-mixed", clip=1.0, device="cpu", progress=False, ema=0.5)
+    data = torch.utils.data.DataLoader(Images(), batch_sampler=Order(), collate_fn=lambda o: o, generator=torch.Generator())
+    rows = list(one.epochs(2, data, data))
+    frozen = ("encoder.conv1.", "encoder.bn1.", "encoder.layer1.", "encoder.layer2.", "encoder.layer3.")
+    for state in (one.model.module.state_dict(), one.trained.state_dict()):
+        assert {k for k in start if torch.equal(state[k], start[k])} == {k for k in start if k.startswith(frozen)}
+    assert rows[1]["loss"] < rows[0]["loss"]
+
 
 # --- bad parameters
 
@@ -402,6 +478,7 @@ BAD = [
     (lambda: build_schedule("staged", dot(), 10, rates=[0], lengths=[1]), "a rate must be positive, not 0"), (lambda: build_schedule("staged", dot(), 10, rates=[1], lengths=[0]), "a length must be"),
     (lambda: build_schedule("staged", dot(), 10, rates=[1, 2], lengths=[5, 5], steps_per_epoch=2), "the last stage begins at step 10, and the training has 10 steps"),
     (lambda: build_schedule("plateau", dot(), 10, mode="up"), "mode must be 'min' or 'max', not 'up'"), (lambda: build_schedule("plateau", dot(), 10, factor=1), "factor must be between 0 and 1, not 1"),
+    (lambda: build_schedule("plateau", dot(), 10, threshold=1), "threshold must be at least 0 and below 1, not 1"),
     (lambda: build_schedule("plateau", dot(), 10, patience=1.5), "patience must be a whole number of at least 0, not 1.5"),
     (lambda: build_schedule("plateau", dot(), 10).step(float("nan")), "the score of the plateau schedule must be a finite number, not nan"),
 ]

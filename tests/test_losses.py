@@ -264,6 +264,15 @@ def test_focal_has_finite_gradients_where_the_model_is_sure(gamma):
     assert torch.isnan(z.grad).any() == (gamma < 1)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_keeps_its_digits_where_the_model_is_sure(gamma):
+    """Of an object pixel: as 1 - p it would lose a percent of them at a logit of 15, and all at 20. (For background torch's cross-entropy itself ends at 1e-7.)"""
+    for z in (10.0, 15.0, 20.0, 30.0):
+        missed = 1 / (1 + math.exp(z))
+        got = float(focal_loss(torch.full((1, 1, 1, 1), z), torch.ones(1, 1, 1, 1), gamma))
+        assert got == pytest.approx(-missed**gamma * math.log1p(-missed), rel=1e-5, abs=0)
+
+
 def test_the_common_area_of_a_small_ship_is_exact_in_float32():
     """As a difference of sums over 768 x 768 pixels, as smp has it, it is off by more than a tenth."""
     y = torch.zeros(1, 1, 768, 768)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FUSED', 'SCHEDULES', 'check_whole', 'parameter_groups', 'build_optimizer', 'encoder_stages', 'freeze',
            'clip_gradients', 'StepSchedule', 'constant', 'cosine', 'staged', 'OneCycle', 'one_cycle', 'Plateau',
-           'plateau', 'build_schedule']
+           'plateau', 'build_schedule', 'moving_average']
 
 # %% ../nbs/13_optim.ipynb #b27df7c8
 import copy
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from .losses import check_number
 
@@ -298,3 +299,19 @@ def build_schedule(name, optimizer, steps, **options):
     missing = [o for o, default in known.items() if default is inspect.Parameter.empty and o not in options]
     if missing: raise ValueError(f"schedule '{name}' needs {' and '.join(missing)}")
     return SCHEDULES[name](optimizer, steps, **options)
+
+# %% ../nbs/13_optim.ipynb #bd324ec7
+def moving_average(model, decay):
+    """Return an AveragedModel of `model`: after step n its weights and buffers are d average + (1 - d) model, d = min(decay, (1 + n) / (10 + n)).
+
+    ValueError unless 0 < decay < 1. The rising decay is that of TensorFlow's ExponentialMovingAverage(num_updates=...).
+    """
+    if not 0 < decay < 1: raise ValueError(f"ema must lie between 0 and 1, not {decay}")
+
+    @torch.no_grad()
+    def average(averaged, current, n):
+        share = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
+        for a, c in zip(averaged, current): a.lerp_(c, share) if a.is_floating_point() else a.copy_(c)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+

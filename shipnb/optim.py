@@ -160,7 +160,7 @@ def clip_gradients(parameters, norm=None, value=None):
         if o is not None: check_number(name, o, lambda o: o > 0, "positive")
     if norm is not None and value is not None: raise ValueError("clip by norm or by value, not by both")
     found = [o for o in (parameters.parameters() if isinstance(parameters, nn.Module) else parameters) if o.grad is not None]
-    length = nn.utils.clip_grad_norm_(found, math.inf if norm is None else norm)
+    length = nn.utils.get_total_norm([o.grad for o in found]) if norm is None else nn.utils.clip_grad_norm_(found, norm)
     if value is not None: nn.utils.clip_grad_value_(found, value)
     return length
 

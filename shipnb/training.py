@@ -33,7 +33,7 @@ from .dataset import DecodedCache, SegmentationDataset, make_loader
 from .files import atomic_write, build_once, keep_freed_memory, resolve, sha256_file, sha256_text
 from .fleet import sample
 from .models import DECODER, build_unet, load_model, save_model
-from .optim import build_optimizer, build_schedule, freeze, moving_average
+from .optim import build_optimizer, build_schedule, clip_gradients, freeze, moving_average
 from .sampler import ShipStratifiedSampler
 from .splits import folds as make_folds
 from .splits import split as make_split
@@ -133,8 +133,8 @@ class Learner(Learner):
     def step(self, group):
         """One optimiser step over a list of batches, each with its own mean; the loss parts, detached."""
         parts = self._backward(group)
-        norm = self._norm()
-        if self._finite(parts, norm, group): self._update(norm)
+        norm = clip_gradients(self.model, self.clip)      # the norm before clipping
+        if self._finite(parts, norm, group): self._update()
         else: self._leave_out()
         return parts, norm
 
@@ -148,9 +148,8 @@ class Learner(Learner):
                 for name, value in parts.items(): sums[name] = sums.get(name, 0.0) + value.detach().double() * (share / len(group))
         return sums
 
-    def _update(self, norm):
+    def _update(self):
         """Step the optimiser, the moving average and the schedule."""
-        if self.clip: torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
         if self.ema is not None: self.ema.update_parameters(self.model.module)
@@ -158,10 +157,6 @@ class Learner(Learner):
 
     def _schedule(self):
         if self.sched is not None and self.sched.per == "step": self.sched.step()
-
-    def _norm(self):
-        """The norm of all gradients, a tensor."""
-        return torch.nn.utils.get_total_norm([o.grad for o in self.model.parameters() if o.grad is not None])
 
 
 # %% ../nbs/20_training.ipynb #eb4c6485

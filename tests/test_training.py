@@ -111,9 +111,9 @@ def test_the_moving_average_is_the_recurrence_and_is_what_is_evaluated(tmp_path)
     one, expected, decay = learner(ema=0.6, folder=tmp_path), None, 0.6
     update = one._update
 
-    def watched(norm):
+    def watched():
         nonlocal expected
-        update(norm)
+        update()
         n, now = int(one.ema.n_averaged) - 1, weights(one)
         share = 1 - min(decay, (1 + n) / (10 + n))
         expected = now if expected is None else expected + share * (now - expected)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECENT', 'QUICK', 'set_seeds', 'StopRequest', 'Learner', 'stalled', 'Recipe', 'split_by', 'make_loaders',
-           'make_learner', 'make_card', 'curves', 'train_model', 'quick_model']
+           'evaluation_loader', 'make_learner', 'make_card', 'train_model', 'quick_model']
 
 # %% ../nbs/20_training.ipynb #579d1ea7
 import json
@@ -18,9 +18,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
 from lightning.fabric import Fabric
 from tqdm import tqdm
@@ -315,10 +313,11 @@ class Learner(Learner):
 
 # %% ../nbs/20_training.ipynb #4b2625d8
 class Learner(Learner):
-    def epochs(self, n, train_loader, valid_loader=None, evaluate_every=1):
+    def epochs(self, n, train_loader, valid_loader=None, evaluate_every=1, train_scores=None):
         """Train up to epoch `n` (counted from the very first start); yield one row {epoch, lr (after its last step), loss, ..., seconds} after each.
 
-        The validation set is scored after every `evaluate_every`-th epoch and the last. Nothing happens unless the generator is iterated.
+        The validation set is scored after every `evaluate_every`-th epoch and the last, and with it `train_scores`, a loader of training images as they are, whose scores are named train_...
+        Nothing happens unless the generator is iterated.
         """
         while self.epoch < n:
             self._train_epoch(train_loader)
@@ -328,6 +327,7 @@ class Learner(Learner):
             if self.skipped: row["skipped"] = self.skipped
             due = (self.epoch + 1) % evaluate_every == 0 or self.epoch + 1 == n
             if valid_loader is not None and due: row |= self.evaluate(valid_loader)
+            if train_scores is not None and due: row |= {f"train_{name.removeprefix('valid_')}": value for name, value in self.evaluate(train_scores).items()}
             if self.sched is not None and self.sched.per == "epoch" and self.monitor in row: self.sched.step(row[self.monitor], self.epoch)
             self.history.append(row)
             self.epoch, self.batch, self.totals, self.seconds = self.epoch + 1, 0, {}, 0.0
@@ -465,7 +465,12 @@ def make_loaders(catalog, parts, recipe, progress=False):
     transform = None if recipe.preset == "none" else preset(recipe.preset)
     dataset = SegmentationDataset(train, size, cache, recipe.augment, recipe.crop, recipe.crop_on_ship, transform, recipe.seed,
                                   recipe.ships_threshold_for_add_augs)
-    return make_loader(dataset, sampler, seed=recipe.seed), make_loader(SegmentationDataset(valid, size, cache), batch_size=recipe.batch_size)
+    return make_loader(dataset, sampler, seed=recipe.seed), evaluation_loader(valid, recipe, cache=cache)
+
+
+def evaluation_loader(catalog, recipe, batch_size=0, cache=None):
+    """Return a loader of whole images as they are, in order; `batch_size` 0 is the recipe's. Without a cache the images are decoded each time."""
+    return make_loader(SegmentationDataset(catalog, (recipe.size, recipe.size), cache), batch_size=batch_size or recipe.batch_size)
 
 # %% ../nbs/20_training.ipynb #04269593
 def _first_model(recipe):
@@ -498,20 +503,6 @@ def make_card(catalog, parts, recipe, learner):
                 training=asdict(recipe) | {"epochs_done": learner.epoch, "device": str(learner.fabric.device), "minutes": round(sum(o["seconds"] for o in learner.history) / 60, 2)},
                 data={"fingerprint": catalog.fingerprint(), "images": len(catalog), "valid": valid},
                 metrics={f"{k}@{recipe.size}": v for k, v in learner.history[-1].items() if k not in ("epoch", "lr", "seconds")}, versions=versions)
-
-# %% ../nbs/20_training.ipynb #8b1ac81c
-def curves(history):
-    """Return a figure of loss and Dice against epoch, for training and validation; `history` is a Learner's."""
-    table = pd.DataFrame(history)
-    fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    for name, label in (("loss", "train"), ("valid_loss", "validation")):
-        if name in table: axes[0].plot(table["epoch"], table[name].interpolate(), label=label)
-    for name, label in (("dice_with", "images with ships"), ("dice_without", "images without"), ("dice", "all images")):
-        if name in table: axes[1].plot(table["epoch"], table[name].interpolate(), label=label)
-    axes[0].set(xlabel="epoch", ylabel="loss", yscale="log")   # the first validation losses can be a hundred times the last ones
-    axes[1].set(xlabel="epoch", ylabel="Dice at p >= 0.5, validation", ylim=(0, 1))
-    for axis in axes: axis.legend(fontsize=8)
-    return fig
 
 # %% ../nbs/20_training.ipynb #c2c3fa74
 def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto", progress=None):

@@ -227,7 +227,7 @@ class Learner(Learner):
         self.model.train()
         with self._bar(loader, batches) as bar, StopRequest() as stop:
             group = []
-            for batch in loader:
+            for batch in loader if self.batch < batches else ():   # a stop at an epoch's last step leaves none; the sampler would begin the next epoch
                 group.append(batch)
                 if len(group) < self.accumulate and self.batch + len(group) < batches: continue
                 parts, norm = self.step(group)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IOU_THRESHOLDS', 'RECALLS', 'mask_counts', 'ratio', 'dice', 'iou', 'pixel_dice', 'soft_batch_dice', 'object_counts',
            'f2_from_counts', 'object_f2', 'mask_summary', 'segmentation_scores', 'empty_baseline', 'SegmentationMeter',
-           'box_iou', 'match_boxes', 'precision_of_matches', 'average_precision', 'precision_summary', 'DetectionMeter',
-           'confusion_counts', 'class_scores', 'ClassificationMeter']
+           'ChannelMeter', 'box_iou', 'match_boxes', 'precision_of_matches', 'average_precision', 'precision_summary',
+           'DetectionMeter', 'confusion_counts', 'class_scores', 'ClassificationMeter']
 
 # %% ../nbs/12_metrics.ipynb #925563a5
 import math
@@ -341,6 +341,26 @@ class SegmentationMeter(SegmentationMeter):
     def compute(self):
         """Return the scores of all images so far: a dict as `mask_summary` gives."""
         return mask_summary(self.counts, self.has_ship)
+
+# %% ../nbs/12_metrics.ipynb #81c091f8
+class ChannelMeter:
+    """Mask scores of several classes over an epoch, one update per batch; `counts` are int64 (images, classes, 3), see `mask_counts`."""
+
+    def __init__(self, classes): self.counts = np.zeros((0, int(classes), 3), np.int64)
+
+    def update(self, pred, true):
+        """Add a batch: two masks of 0 and 1, tensors or arrays (N, classes, h, w). ValueError as `mask_counts`, and for another number of classes."""
+        counts = [np.asarray(o.cpu() if isinstance(o, torch.Tensor) else o) for o in mask_counts(pred, true)]
+        if counts[0].ndim != 2 or counts[0].shape[1] != self.counts.shape[1]:
+            raise ValueError(f"the masks have the shape {tuple(pred.shape)}; asked are (N, {self.counts.shape[1]}, height, width)")
+        self.counts = np.concatenate([self.counts, np.stack(counts, -1)])
+
+    def compute(self):
+        """Return `mask_summary` over all pairs of image and class; dice_volume, the mean over images of the Dice of all classes together; dice_1, dice_2, ... of each class; n images."""
+        overlap, pred_area, true_area = np.moveaxis(self.counts.sum(1), -1, 0)
+        dices = ratio(2 * self.counts[..., 0], self.counts[..., 1] + self.counts[..., 2])
+        return mask_summary(self.counts.reshape(-1, 3)) | dict(dice_volume=_mean(ratio(2 * overlap, pred_area + true_area)), n=len(self.counts)) | {
+            f"dice_{k + 1}": _mean(dices[:, k]) for k in range(dices.shape[1])}
 
 # %% ../nbs/12_metrics.ipynb #eb4987e8
 def box_iou(boxes, others, crowd=None):

@@ -156,8 +156,10 @@ def detection_task():
 
     def loss_parts(model, batch):
         images, targets = inputs(model, batch)
-        if model.training: return model(images, targets)
-        with losses_without_traces(model): return model(images, targets)
+        if model.training: losses = model(images, targets)
+        else:
+            with losses_without_traces(model): losses = model(images, targets)
+        return {name.removeprefix("loss_"): value for name, value in losses.items()}
 
     def predict(model, batch): return model(inputs(model, batch)[0])
 

@@ -185,7 +185,7 @@ class Learner(Learner):
         loader.batch_sampler.seek(self.epoch, self.batch)
         self.model.train()
         with self._bar(loader, batches) as bar, StopRequest() as stop:
-            for batch in loader:
+            for batch in loader if self.batch < batches else ():   # a stop at an epoch's last step leaves none; the sampler would begin the next epoch
                 group = self.batch - self.batch % self.accumulate
                 parts = self.step(batch, min(self.accumulate, batches - group))
                 self.batch += 1

@@ -291,7 +291,7 @@ def stop_at(one, at):
     one.task = Task(loss, task.predict, task.metric)
 
 
-@pytest.mark.parametrize("name, run, precision, ema, stops", [("tanks", detection_run, "32-true", 0.0, (1, 3, 4)), ("tanks", detection_run, "bf16-mixed", 0.9, (3,)),
+@pytest.mark.parametrize("name, run, precision, ema, stops", [("tanks", detection_run, "32-true", 0.0, (1, 2, 3, 4)), ("tanks", detection_run, "bf16-mixed", 0.9, (3,)),
                                                               ("chips", crop_run, "32-true", 0.0, (1,)), ("chips", crop_run, "bf16-mixed", 0.9, (3,))])
 def test_stopped_at_any_step_it_goes_on_bit_equal(request, tmp_path, name, run, precision, ema, stops):
     data = request.getfixturevalue(name)

@@ -16,7 +16,6 @@ import random
 from contextlib import contextmanager, nullcontext
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -146,7 +145,7 @@ def activation_floors(fraction, losses=None, pixels=16 * 256 * 256):
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("loss")
 
 
-def _floors(score, y, constants=np.linspace(-10, 2, 25)):
+def _floors(score, y, constants=np.linspace(-10, 2, 13)):
     """The four columns of `activation_floors` for `score`: z -> float."""
     constant = min(score(torch.full_like(y, c)) for c in constants)
     return dict(perfect=score(60 * y - 30), constant=constant, perfect_twice=score(y), nothing_twice=score(torch.zeros_like(y)))
@@ -163,8 +162,8 @@ def check_task_activation(patient, batch, z):
 
 
 def check_model_activation(patient, batch):
-    """Finding: whether the network's outputs lie within 0..1, also when its input is eight times as strong; logits do not stay there."""
-    looks = [patient.look(batch, train=False, gain=gain)[1] for gain in (1.0, 8.0)]
+    """Finding: whether the network's outputs lie within 0..1, also when its input is a thousand times as strong, of either sign; logits do not stay there."""
+    looks = [patient.look(batch, train=False, gain=gain)[1] for gain in (1.0, 1e3, -1e3)]
     if looks[0] is None: return finding("activation in the model", "skip", "the network does not map a tensor to a tensor", "look by hand")
     low, high = min(float(o.min()) for o in looks), max(float(o.max()) for o in looks)
     return finding("activation in the model", "fail" if low >= 0 and high <= 1 else "ok", f"outputs lie in {low:.3g} .. {high:.3g}",
@@ -302,7 +301,7 @@ def check_start(patient, batch, z, loss):
                    "the first steps only learn that objects are rare; set the last bias to log(p / (1 - p)) of their share p (build_unet(prior=))")
 
 
-def check_one_batch(patient, batch, steps=16):
+def check_one_batch(patient, batch, steps=12):
     """Finding: whether `steps` steps on one batch, at the highest rate of the training, bring its loss down. Changes the patient."""
     for group in patient.opt.param_groups:
         if not torch.is_tensor(group["lr"]): group["lr"] = max(group["lr"], group.get("max_lr", 0), group.get("initial_lr", 0))
@@ -412,15 +411,15 @@ def _window(a, y0, y1, x0, x1):
     return cv2.copyMakeBorder(inner, max(-y0, 0), max(y1 - h, 0), max(-x0, 0), max(x1 - w, 0), cv2.BORDER_REPLICATE).astype(np.float32)
 
 # %% ../nbs/22_doctor.ipynb #953f48f1
-def label_fits(catalog, images=60, reach=4, seed=0, most=8, min_area=20):
+def label_fits(catalog, images=60, reach=4, seed=0, most=8, min_area=20, decode=rle_decode):
     """Return the mean `edge_agreement` of each of up to `images` images drawn from those with objects, at native size: float32 (n, 2 reach + 1, 2 reach + 1).
 
-    `most` objects an image, of at least `min_area` pixels, that have a run-length code.
+    `most` objects an image, of at least `min_area` pixels, that have a run-length code. `decode` (code, shape) -> mask is the reading of the codes that is examined.
     """
     fits, order = [], np.random.default_rng(seed).permutation(np.flatnonzero(catalog.counts > 0))
     for i in order.tolist():
         if len(fits) == images: break
-        masks = [rle_decode(o, catalog.shape(i)) for o in catalog.rles(i)[:most] if o]
+        masks = [decode(o, catalog.shape(i)) for o in catalog.rles(i)[:most] if o]
         masks = [o for o in masks if np.count_nonzero(o) >= min_area]
         if not masks: continue
         img = catalog.read_image(i)

@@ -166,7 +166,7 @@ def check_model_activation(patient, batch):
     looks = [patient.look(batch, train=False, gain=gain)[1] for gain in (1.0, 1e3, -1e3)]
     if looks[0] is None: return finding("activation in the model", "skip", "the network does not map a tensor to a tensor", "look by hand")
     low, high = min(float(o.min()) for o in looks), max(float(o.max()) for o in looks)
-    return finding("activation in the model", "fail" if low >= 0 and high <= 1 else "ok", f"outputs lie in {low:.3g} .. {high:.3g}",
+    return finding("activation in the model", "fail" if low >= 0 and high <= 1 else "ok", f"outputs lie in {float(looks[0].min()):.3g} .. {float(looks[0].max()):.3g}, with strong inputs in {low:.3g} .. {high:.3g}",
                    "the network ends in an activation and the loss applies another; remove the last one (activation=None)")
 
 # %% ../nbs/22_doctor.ipynb #6b0d549b
@@ -252,7 +252,7 @@ def check_learning_rate(moved):
     share, worst = np.average(moved["float32"], weights=moved["reached"]), moved.loc[moved["float32"].idxmin()]
     verdict = "fail" if share < 0.5 else "warn" if share < 0.9 or worst["float32"] < 0.5 else "ok"
     return finding("learning rate", verdict, f"a step changes {share:.1%} of the float32 weights with a gradient, at {', '.join(f'{o:.2g}' for o in sorted(moved['lr'].unique()))}; least in {worst['part']}, {worst['float32']:.1%}",
-                   "most weights are larger than 2^24 steps: they stay what they are whatever the loss says; raise the rate, or end the training")
+                   "most weights are larger than 2^24 steps and stay what they are, whatever the loss says; raise the rate, or end the training")
 
 # %% ../nbs/22_doctor.ipynb #0f21ddb6
 def check_gradients(patient):
@@ -449,7 +449,7 @@ def label_offset(fits, draws=200, seed=0):
 
 def check_label_offset(fits):
     """Finding: whether labels lie half a pixel or more beside the objects, sure to 4 standard errors; skip when a pixel could not be seen."""
-    if len(fits) < 8: return finding("labels in place", "skip", f"{len(fits)} images with labelled pixels", "at least 8 are needed")
+    if len(fits) < 16: return finding("labels in place", "skip", f"{len(fits)} images with labelled pixels", "at least 16 are needed")
     offset, error = label_offset(fits)
     said = f"labels lie {offset[0]:+.2f} ({error[0]:.2f}) down, {offset[1]:+.2f} ({error[1]:.2f}) right of the edges, pixels (standard error), {len(fits)} images"
     if ((np.abs(offset) >= 0.5) & (np.abs(offset) >= 4 * error)).any():

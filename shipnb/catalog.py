@@ -211,7 +211,8 @@ class Catalog(Catalog):
     def to_csv(self, path):
         """Write the cleaned table: ImageId, EncodedPixels (all ships of the image in one code, "0" for none), Ships, Size_kb (1 kB = 1024 bytes; empty when unknown)."""
         sizes = self.images["bytes"].to_numpy(np.float64) / 1024
-        codes = [rle_union(self.rles(i), self.shape(i)) or "0" for i in range(len(self))]
+        names, shapes = self.images["image"].tolist(), self.images[["height", "width"]].to_numpy(np.int64).tolist()   # 150,000 single look-ups take seconds
+        codes = [rle_union(self._codes[self._rows[o]], shape) or "0" if o in self._rows else "0" for o, shape in zip(names, shapes)]
         table = pd.DataFrame({"ImageId": self.images["image"], "EncodedPixels": codes, "Ships": self.counts,
                               "Size_kb": np.where(sizes >= 0, sizes.round(3), np.nan)})
         with atomic_path(path) as temp: table.to_csv(temp, index=False)

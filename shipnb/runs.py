@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'NOT_RUN', 'BAD_INPUT', 'REMEDIES', 'LEDGER_HEADER', 'STUDY', 'MINUTES', 'RESULTS', 'REPORT_STYLE',
-           'MACHINE_PATH', 'app', 'Given', 'Files', 'Force', 'Print', 'FETCH_HEADER', 'load_notebook', 'cell_source',
+           'MACHINE_PATH', 'app', 'Given', 'Files', 'Force', 'Echo', 'FETCH_HEADER', 'load_notebook', 'cell_source',
            'Parameter', 'read_parameters', 'check_value', 'check_parameters', 'parse_text', 'read_overrides',
            'find_overrides', 'overrides_notebook', 'runnable_notebooks', 'find_notebook', 'cells_hash', 'code_hash',
            'environment', 'Interrupted', 'NotebookFailed', 'execute', 'default_name', 'run_notebook', 'ledger',
            'format_table', 'Step', 'study_plan', 'estimate_minutes', 'run_study', 'study_table', 'report_html',
-           'machine_paths', 'refresh', 'sample_command', 'fetch_command', 'run_command', 'study_command',
-           'predict_command', 'runs_command', 'figures_command', 'main']
+           'machine_paths', 'refresh', 'sample_command', 'fetch_command', 'papermill_command', 'run_command',
+           'study_command', 'predict_command', 'runs_command', 'figures_command', 'main']
 
 # %% ../nbs/40_runs.ipynb #797e765c
 import ast
@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -1102,7 +1103,7 @@ Given = Annotated[list[str], typer.Option("-p", "--parameter", metavar="NAME VAL
 Files = Annotated[list[str], typer.Option("-f", "--file", metavar="FILE",
                                           help="A YAML file of parameters, or its name in nbs/params.")]
 Force = Annotated[bool, typer.Option("--force", help="Set an earlier run aside (NAME.previous) and run again.")]
-Print = Annotated[bool, typer.Option("--print", help="Print what the cells print.")]
+Echo = Annotated[bool, typer.Option("--echo", help="Print what the cells print.")]
 
 # %% ../nbs/40_runs.ipynb #5b7c29ce
 def _join_pairs(words):
@@ -1185,6 +1186,16 @@ def _check_fetched(folder, most=20):
     return 1 if found else 0
 
 
+# %% ../nbs/40_runs.ipynb #bb841bb9
+def papermill_command(notebook, given, folder):
+    """Return the shell command that runs a notebook as `shipnb run` would, by papermill alone: no lock, no checks, no record. All values stand in it."""
+    import yaml
+    folder, given = resolve(folder), dict(given)
+    if "out" in read_parameters(notebook) and not given.get("out"): given["out"] = folder.as_posix()
+    words = ["papermill", _portable(notebook), (folder/notebook.name).as_posix(), "-k", "python3", "--cwd", notebook.parent.as_posix(), "-y", yaml.safe_dump(given, sort_keys=True, default_flow_style=True, width=10**6).strip()]
+    return f"mkdir -p {shlex.quote(folder.as_posix())} && {shlex.join(words)}"
+
+
 # %% ../nbs/40_runs.ipynb #cfc3bd8f
 @app.command("run")
 def run_command(
@@ -1192,8 +1203,9 @@ def run_command(
     parameter: Given = None,
     file: Files = None,
     out: Annotated[str, typer.Option(metavar="DIR", help="Run folder; without it runs/NAME.")] = "",
-    echo: Print = False,
+    echo: Echo = False,
     force: Force = False,
+    show: Annotated[bool, typer.Option("--print", help="Only print the plain papermill command of the run.")] = False,
 ):
     """Run a notebook with other parameters, in a run folder of its own.
 
@@ -1204,7 +1216,8 @@ def run_command(
     Examples:
       shipnb run training -p epochs 5 -p lr 1e-3
       shipnb run 20_training -f airbus-plain -p data /data/airbus
-      shipnb run eda --out runs/labels-only --print
+      shipnb run eda --out runs/labels-only --echo
+      shipnb run 20_training -f airbus-plain --print
     """
     path, files = find_notebook(notebook), file or []
     parameters, given, pairs = read_parameters(path), {}, dict(_pairs(parameter))
@@ -1213,6 +1226,9 @@ def run_command(
     typed = {name: parse_text(parameters[name], text) for name, text in pairs.items()}
     _check_folders(parameters, {**given, **typed})
     folder = out or Path("runs")/default_name(path, files, typed)
+    if show:
+        print(papermill_command(path, {**given, **typed}, folder))
+        return 0
     record = run_notebook(path, {**given, **typed}, folder, force, echo)
     metrics = ", ".join(f"{k} {v:.4g}" for k, v in list(record.get("metrics", {}).items())[:6])
     print(f"{record['folder']}" + (f": {metrics}" if metrics else ""))
@@ -1226,7 +1242,7 @@ def study_command(
     parameter: Given = None,
     file: Files = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run, and the minutes.")] = False,
-    echo: Print = False,
+    echo: Echo = False,
     force: Force = False,
 ):
     """Run the whole chain: look at the data, train, choose the operating point, predict, report.
@@ -1322,7 +1338,7 @@ def runs_command(name: Annotated[str, typer.Option(help="Only runs whose name co
 @app.command("figures")
 def figures_command(
     notebooks: Annotated[list[str], typer.Argument(help="Notebooks to remake; all when none is named.")] = None,
-    echo: Print = False,
+    echo: Echo = False,
 ):
     """Remake the published notebooks in place with their default parameters, and the figures taken from them.
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATA', 'image_strata', 'exact_ratio', 'stratum_shares', 'images_after', 'whole_number', 'ShipStratifiedSampler',
-           'balanced_multiple_ratio', 'simulate', 'coverage']
+           'balanced_multiple_ratio', 'BalancedSampler', 'simulate', 'coverage']
 
 # %% ../nbs/07_sampler.ipynb #7bbbcdb3
 import math
@@ -279,6 +279,60 @@ def balanced_multiple_ratio(counts, zero_ships_ratio_per_batch=0):
     if not single + multiple: raise ValueError("no image has a ship, so there is nothing to balance")
     zero = exact_ratio("zero_ships_ratio_per_batch", zero_ships_ratio_per_batch)
     return (1 - zero) * Fraction(multiple, single + multiple)
+
+# %% ../nbs/07_sampler.ipynb #989c12b1
+class BalancedSampler(_Place, Sampler):
+    """Batches in which every class has the same share, whatever its number of images.
+
+    Parameters
+    ----------
+    labels : (n,) whole numbers, the class of each image.
+    batch_size, seed, batches_per_epoch, rank, world_size : as `ShipStratifiedSampler`; `batches_per_epoch` None ends an epoch when the rarest class has been shown once.
+
+    Yields
+    ------
+    list of `batch_size` int, positions in `labels`.
+
+    Raises
+    ------
+    ValueError
+        For labels that are not classes, and numbers out of range.
+    """
+    def __init__(self, labels, batch_size, seed=0, batches_per_epoch=None, rank=0, world_size=1):
+        self.batch_size, self.seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed, 0)
+        self.rank, self.world_size = whole_number("rank", rank, 0), whole_number("world_size", world_size, 1)
+        if self.rank >= self.world_size: raise ValueError(f"rank must be below world_size ({self.world_size}), not {rank}")
+        self.labels, self.batch_images = np.asarray(labels), self.batch_size * self.world_size
+        if self.labels.ndim != 1 or not len(self.labels) or self.labels.dtype.kind not in "iu":
+            raise ValueError(f"labels must be whole numbers (n,) with n >= 1, not {self.labels.dtype} of shape {self.labels.shape}")
+        self._streams = [_Stream(np.flatnonzero(self.labels == k), self.seed, k) for k in np.unique(self.labels).tolist()]
+        self.sizes = tuple(len(o.members) for o in self._streams)
+        asked = max(1, min(self.sizes) * len(self.sizes) // self.batch_images) if batches_per_epoch is None else batches_per_epoch
+        self.batches_per_epoch = whole_number("batches_per_epoch", asked, 1)
+
+    def __len__(self): return self.batches_per_epoch
+
+    def setting(self):
+        """All that decides the batches, as plain values."""
+        return dict(seed=self.seed, batch_images=self.batch_images, batches_per_epoch=self.batches_per_epoch, labels_crc32=zlib.crc32(self.labels.astype(np.int64).tobytes()))
+
+# %% ../nbs/07_sampler.ipynb #01f1f8fe
+class BalancedSampler(BalancedSampler):
+    def batch(self, epoch, batch):
+        """This process's part of one batch of one epoch, a list of int; any batch can be asked for, in any order."""
+        if not 0 <= batch < self.batches_per_epoch: raise ValueError(f"an epoch has batches 0 to {self.batches_per_epoch - 1}, not {batch}")
+        start, kinds = (int(epoch) * self.batches_per_epoch + int(batch)) * self.batch_images, len(self._streams)
+        shown = lambda place, kind: (place - kind + kinds - 1) // kinds      # images of a class among the first `place`
+        images = np.concatenate([o.take(shown(start, k), shown(start + self.batch_images, k)) for k, o in enumerate(self._streams)])
+        np.random.default_rng([self.seed, kinds, epoch, batch]).shuffle(images)
+        return images[self.rank::self.world_size].tolist()
+
+    def __iter__(self):
+        epoch, start = self.epoch, self.position
+        for batch in range(start, self.batches_per_epoch):
+            images = self.batch(epoch, batch)
+            self.seek(epoch, batch + 1)
+            yield images
 
 # %% ../nbs/07_sampler.ipynb #f8028b2c
 def simulate(counts, batch_size, zero_ships_ratio_per_batch=None, multiple_ships_ratio_per_batch=None, epochs=10,

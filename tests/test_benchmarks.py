@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import ndimage
 
-from shipnb import dataset, masks, metrics, models, tasks, thresholds, training
+from shipnb import dataset, masks, metrics, models, optim, tasks, thresholds, training
 from shipnb.catalog import read_airbus
 
 NOTEBOOK = Path(__file__).parents[1]/"nbs"/"studies"/"benchmarks.ipynb"
@@ -164,7 +164,7 @@ def test_the_fast_step_is_what_training_does(catalog, cache):
         model = models.build_unet("resnet18")
         if way == "benchmark": plain["fast_training"](model, "cpu")(items.__getitems__(list(next(iter(sampler())))))
         else:
-            learner = training.Learner(model, tasks.segmentation_task("bce"), training.make_optimiser("adam", model, 1e-4), precision="bf16-mixed", device="cpu")
+            learner = training.Learner(model, tasks.segmentation_task("bce"), optim.build_optimizer("adam", model, 1e-4), precision="bf16-mixed", device="cpu")
             assert len(list(learner.epochs(1, dataset.make_loader(items, sampler())))) == 1
         states.append(model.state_dict())
     assert all(torch.equal(states[0][o], states[1][o]) for o in states[0])

@@ -1,5 +1,7 @@
 """Notebooks in the real JupyterLab: a browser opens them, Run All runs them to the end without an edit."""
+import csv
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from shipnb import fleet
+from shipnb.catalog import read_airbus
+from shipnb.cleaning import read_exclude
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -121,3 +125,110 @@ def test_run_all_works_without_an_edit(name, lab, browser, checkout, tmp_path):
     # each cell ran here, once, in order, and none was changed for it
     assert nb["metadata"]["kernelspec"]["name"] == "python3" and any(o["outputs"] for o in code)
     if name == "07_sampler": assert (checkout/"runs"/"default"/name/"results.json").is_file()
+
+
+# --- explore: what a person does with it
+
+def until(said, *wanted):
+    """Wait until a function gives one of the wanted values (a callable: is true of it), and return what it gives. The browser draws when it likes."""
+    end = time.monotonic() + SECONDS
+    while True:
+        got = said()
+        if any(o(got) if callable(o) else got == o for o in wanted): return got
+        assert time.monotonic() < end, f"the browser still shows {got!r}"
+        time.sleep(.1)
+
+
+def pictures(page):
+    """(width, height) of the pictures that are seen; each must be one that the browser could decode."""
+    return page.evaluate("() => [...document.querySelectorAll('.shipnb-explore .shipnb-tile img')].map(o => [o.naturalWidth, o.naturalHeight])")
+
+
+def captions(page):
+    return page.locator(".shipnb-explore .shipnb-tile .widget-html").all_inner_texts()
+
+
+def test_explore_filters_pages_marks_and_saves(lab, browser, checkout, tmp_path):
+    saved = checkout/"runs"/"excluded.csv"
+    page = browser.new_page(viewport=dict(width=1500, height=1250))
+    page.set_default_timeout(1000 * SECONDS)
+    look = lambda name: page.screenshot(path=tmp_path/f"{name}.png")
+    try:
+        nb = run_all(page, f"{lab}/lab/tree/nbs/03c_explore.ipynb?reset")
+        errors = [o["evalue"] for cell in nb["cells"] if cell["cell_type"] == "code" for o in cell["outputs"] if o["output_type"] == "error"]
+        assert not errors
+        tool = page.locator(".shipnb-explore")
+        text = lambda: re.sub(r"\s+", " ", tool.inner_text())
+        names = lambda: [o.split()[0] for o in captions(page)]
+        press = lambda name: tool.get_by_role("button", name=name).click()
+        write = lambda place, what: (tool.get_by_placeholder(place).fill(what), tool.get_by_placeholder(place).press("Enter"))
+        tool.scroll_into_view_if_needed()
+        catalog = read_airbus(checkout/"data"/"sample")
+        order, counts = catalog.images["image"].tolist(), catalog.counts
+        order[3] = "lost.jpg"       # the notebook's own example of an image that is not there
+
+        # the page it begins with, then without filters: the lost image among them
+        several = [name for name, count in zip(order, counts) if count >= 3]
+        until(names, several[:20])
+        until(lambda: pictures(page), lambda o: len(o) == len(several[:20]) and all(max(size) == 176 for size in o))
+        look("begin")
+        press("clear filters")
+        until(names, order[:20])
+        until(lambda: pictures(page), [[176, 176]] * 20)
+        assert f"{len(order)} of {len(order)} images" in text() and "unreadable" in captions(page)[3]
+        look("all")
+
+        # filters: split, note, and both
+        write("name, scene or note", "busy")
+        busy = [name for name, count in zip(order, counts) if count > 3]
+        until(names, busy[:20])
+        tool.get_by_role("combobox").first.select_option("valid")
+        valid = [name for i, (name, count) in enumerate(zip(order, counts)) if count > 3 and i % 5 == 0]
+        until(names, valid)
+        assert 0 < len(valid) < len(busy) and f"{len(valid)} of {len(order)} images" in text()
+        look("filter")
+        write("name, scene or note", "no such note")
+        until(names, [])
+        until(text, lambda o: "No image fits" in o)
+        look("nothing")
+        press("clear filters")
+
+        # a page further: mark the fifth, open one with objects
+        until(names, order[:20])
+        tool.get_by_title("next page").click()
+        until(names, order[20:40])
+        tool.locator(".shipnb-mark").nth(4).click()
+        until(lambda: tool.locator(".shipnb-out").count(), 1)
+        until(text, lambda o: "not saved yet" in o and "1 excluded" in o)
+        assert not saved.exists()
+        look("marked")
+        other = 20 + max((i for i in range(20) if i != 4), key=lambda i: counts[20 + i])
+        tool.locator(".shipnb-hit").nth(other - 20).click()
+        size = "() => { const o = document.querySelector('.shipnb-large img'); return o && [o.naturalWidth, o.naturalHeight, o.width]; }"
+        until(lambda: page.evaluate(size), [768, 768, 768])
+        until(lambda: tool.locator(".shipnb-facts b").inner_text(), order[other])
+        write("why it is left out", "glare, half of the image")
+        until(text, lambda o: "2 excluded" in o)
+        look("large")
+
+        # a list that cannot be written: a sentence; then it can
+        saved.mkdir(parents=True)
+        press("save list")
+        until(text, lambda o: "not saved: " in o and "The marks are still here" in o)
+        look("not_saved")
+        saved.rmdir()
+        press("save list")
+        until(text, lambda o: "2 names saved in runs/excluded.csv" in o)
+        with open(saved, newline="") as f: assert list(csv.reader(f)) == [["ImageId", "Note"], [order[24], ""], [order[other], "glare, half of the image"]]
+        assert read_exclude(saved) == [order[24], order[other]]
+        press("all images")
+        until(lambda: tool.locator(".shipnb-out").count(), 2)
+        until(names, order[20:40])
+
+        # the colours are the theme's
+        colour = lambda: page.evaluate("() => getComputedStyle(document.querySelector('.shipnb-tile')).backgroundColor")
+        light = colour()
+        page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        until(colour, lambda o: o != light)
+        look("dark")
+    finally: page.close()

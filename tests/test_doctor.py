@@ -14,12 +14,13 @@ from shipnb.dataset import SegmentationDataset, make_loader, to_input, to_target
 from shipnb.fleet import sample
 from shipnb.fleet_tasks import make_steel
 from shipnb.formats import read
-from shipnb.losses import make_loss
+from shipnb.losses import loss_bounds, make_loss
 from shipnb.masks import rle_decode
+from shipnb.optim import build_optimizer
 from shipnb.overlaps import make_overlapping_fleet
 from shipnb.sampler import ShipStratifiedSampler
 from shipnb.tasks import Task, segmentation_task
-from shipnb.training import Learner, Recipe, make_learner, make_loaders, make_optimiser, split_by
+from shipnb.training import Learner, Recipe, make_learner, make_loaders, split_by
 
 SMALL = dict(encoder="tu-resnet10t", decoder=[32, 32, 16, 16, 16], batch_size=8)
 DEMO = Path(__file__).parents[1]/"nbs"/"params"/"demo.yaml"
@@ -63,7 +64,7 @@ class Ends(torch.nn.Module):
 def small_learner(model=None, task=None, lr=1e-2, **options):
     torch.manual_seed(0)
     model = model or Ends()
-    return Learner(model, task or segmentation_task("bce"), make_optimiser("adam", model, lr), device="cpu", progress=False, **options)
+    return Learner(model, task or segmentation_task("bce"), build_optimizer("adam", model, lr), device="cpu", progress=False, **options)
 
 
 def synthetic_batch(n=4, side=32, seed=0):
@@ -96,7 +97,7 @@ def test_flags_the_settings_of_the_source(catalog, parts):
     train, valid = make_loaders(catalog, parts, recipe)
     learner = make_learner(recipe, len(train), device="cpu")
     model = torch.nn.Sequential(learner.model.module, torch.nn.Sigmoid())
-    source = Learner(model, segmentation_task("focal"), make_optimiser("adam", model, 1e-10), device="cpu", progress=False)
+    source = Learner(model, segmentation_task("focal"), build_optimizer("adam", model, 1e-10), device="cpu", progress=False)
     found = doctor.diagnose(source, make_loader(train.dataset, Reseeded(len(train.dataset))), valid)
     bad = verdicts(doctor.troubles(found))
     assert {"activation in the model": "fail", "learning rate": "fail", "batches of two epochs": "fail", "one batch by heart": "fail"}.items() <= bad.items()
@@ -137,6 +138,13 @@ def test_fingerprint_of_the_write_up_by_arithmetic():
     for name, value in by_hand.items(): assert table.at[name, "perfect_twice"] == pytest.approx(value, abs=3e-5)
     assert (table["perfect"] < 1e-4).all() and (table["perfect"] < table["constant"]).all()
     with pytest.raises(ValueError, match="fraction must lie between 0 and 1"): doctor.activation_floors(0)
+
+
+@pytest.mark.parametrize("name", doctor.PLAIN)
+def test_floors_agree_with_those_of_the_losses(name):
+    bounds = loss_bounds(name, 0.005, pixels=2**16)
+    row = doctor.activation_floors(round(0.005 * 2**16) / 2**16, pixels=2**16).loc[name]
+    assert row["perfect_twice"] == pytest.approx(bounds.doubled_floor, abs=1e-5) and row["nothing_twice"] <= bounds.doubled_ceiling + 1e-6
 
 
 def doubled(loss, first=torch.sigmoid):

@@ -66,7 +66,7 @@ def run(folder, name, moment=None, step=0):
 def start():
     """Start a process that trains: from a server that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "test_training", "test_kill"])
+    context.set_forkserver_preload(["pytest", "lightning.fabric", "shipnb.training"])   # not the test modules: the server does not see their folder
     def started(*args):
         process = context.Process(target=run, args=args)
         process.start()

@@ -7,13 +7,16 @@ import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
-from sklearn.metrics import f1_score, jaccard_score
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, jaccard_score
 from torchmetrics.classification import BinaryF1Score
 from torchmetrics.functional.segmentation import dice_score
 
 from shipnb.masks import label_instances
-from shipnb.metrics import (IOU_THRESHOLDS, SegmentationMeter, dice, empty_baseline, f2_from_counts, iou, mask_counts, mask_summary, object_counts,
-                            object_f2, pixel_dice, segmentation_scores, soft_batch_dice)
+from shipnb.metrics import (IOU_THRESHOLDS, ClassificationMeter, DetectionMeter, SegmentationMeter, average_precision, box_iou, class_scores,
+                            confusion_counts, dice, empty_baseline, f2_from_counts, iou, mask_counts, mask_summary, match_boxes, object_counts,
+                            object_f2, pixel_dice, precision_summary, segmentation_scores, soft_batch_dice)
 
 label_images = hnp.arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 4))
 
@@ -196,3 +199,99 @@ def test_meter_takes_has_ship_resets_and_accepts_half_precision():
 def test_errors(call, words):
     with pytest.raises(ValueError) as caught: call()
     assert words in str(caught.value)
+
+
+# --- boxes, against pycocotools
+
+def random_boxes(rng, n):
+    """Boxes on a grid of eighths, so that x, y, width, height lose nothing and ties are ties for both."""
+    corner, side = rng.integers(0, 400, (n, 2)), rng.integers(8, 200, (n, 2))
+    return np.concatenate([corner, corner + side], 1) / 8
+
+
+def random_scene(rng, classes=3):
+    """Truth with crowds and a prediction that is near it, elsewhere, or a copy; scores from a few values, so that many are equal. Some images are empty."""
+    n, extra = (int(rng.choice([0, 0, 1, 3, 9])) for _ in range(2))
+    truth = dict(boxes=random_boxes(rng, n), labels=rng.integers(1, classes + 1, n), iscrowd=rng.random(n) < 0.2)
+    near = truth["boxes"] + rng.integers(-8, 9, (n, 1)) / 8 * rng.integers(0, 2, (n, 4))
+    boxes = np.concatenate([near, near[: n // 2], random_boxes(rng, extra)])
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 0.125)
+    labels = np.concatenate([truth["labels"], truth["labels"][: n // 2], rng.integers(1, classes + 1, extra)])
+    return dict(boxes=boxes, labels=labels, scores=rng.choice([0.2, 0.5, 0.5, 0.7, 0.9], len(boxes))), truth
+
+
+def coco_scores(predictions, truths, most, classes=3):
+    """(AP, AP50, AP75) of pycocotools."""
+    xywh = lambda o: [*o[:2], o[2] - o[0], o[3] - o[1]]
+    rows = [dict(image_id=i, category_id=int(k), bbox=xywh(b), area=float((b[2:] - b[:2]).prod()), iscrowd=int(c))
+            for i, t in enumerate(truths) for b, k, c in zip(t["boxes"], t["labels"], t["iscrowd"])]
+    coco = COCO()
+    coco.dataset = dict(images=[dict(id=i) for i in range(len(truths))], categories=[dict(id=k) for k in range(1, classes + 1)],
+                        annotations=[dict(o, id=k + 1) for k, o in enumerate(rows)])
+    coco.createIndex()
+    found = [dict(image_id=i, category_id=int(k), bbox=xywh(b), score=float(s)) for i, p in enumerate(predictions) for b, k, s in zip(p["boxes"], p["labels"], p["scores"])]
+    run = COCOeval(coco, coco.loadRes(found), "bbox")
+    run.params.maxDets = [1, 2, most]
+    run.evaluate(), run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, 2]          # thresholds, recalls, classes
+    mean = lambda o: o[o > -1].mean() if (o > -1).any() else math.nan
+    return mean(precision), mean(precision[0]), mean(precision[5])
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_average_precision_equals_pycocotools(seed, capsys):
+    rng = np.random.default_rng(seed)
+    predictions, truths = zip(*[random_scene(rng) for _ in range(int(rng.integers(1, 12)))])
+    if not any(len(o["boxes"]) for o in predictions): return
+    most = int(rng.choice([3, 100]))
+    ours = average_precision(list(predictions), list(truths), most)
+    assert [ours[o] for o in ("ap", "ap50", "ap75")] == pytest.approx(coco_scores(predictions, truths, most), abs=1e-12, nan_ok=True)
+    assert (ours["n"], ours["n_objects"]) == (len(truths), sum(int((~o["iscrowd"]).sum()) for o in truths))
+
+
+def test_the_random_scenes_hold_what_is_hard():
+    """Were there no crowds, ties or empty images among them, the comparison would show little."""
+    scenes = [random_scene(np.random.default_rng(k)) for k in range(60)]
+    assert any(not len(t["boxes"]) and len(p["boxes"]) for p, t in scenes) and any(not len(p["boxes"]) for p, t in scenes)
+    assert sum(t["iscrowd"].sum() for _, t in scenes) > 10 and any(len(np.unique(p["scores"])) < len(p["scores"]) for p, _ in scenes)
+    ignored = [o[2].any() for p, t in scenes for o in match_boxes(p, t).values()]
+    assert 0 < sum(ignored) < len(ignored)
+
+
+def test_box_iou_equals_pycocotools():
+    rng = np.random.default_rng(1)
+    a, b, crowd = random_boxes(rng, 40), random_boxes(rng, 30), rng.random(30) < 0.3
+    xywh = lambda o: np.concatenate([o[:, :2], o[:, 2:] - o[:, :2]], 1)
+    assert np.array_equal(box_iou(a, b, crowd), coco_mask.iou(xywh(a), xywh(b), crowd.astype(np.uint8)))
+    assert (box_iou([[0, 0, 0, 0]], [[0, 0, 0, 0]]) == 0).all()
+
+
+def test_detection_meter_takes_tensors_and_any_batches():
+    rng = np.random.default_rng(4)
+    predictions, truths = zip(*[random_scene(rng) for _ in range(9)])
+    tensors = lambda rows: [{k: torch.as_tensor(v) for k, v in o.items()} for o in rows]
+    meter = DetectionMeter()
+    for part in (slice(0, 4), slice(4, 9)): meter.update(tensors(predictions[part]), tensors(truths[part]))
+    assert meter.compute() == average_precision(list(predictions), list(truths))
+    draw = rng.integers(0, 9, 9)
+    again = average_precision([predictions[i] for i in draw], [truths[i] for i in draw])
+    assert precision_summary([meter.matches[i] for i in draw]) == again
+
+
+# --- crops, against scikit-learn
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+def test_crop_scores_equal_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    classes = int(rng.integers(2, 6))
+    true, pred = rng.integers(0, max(1, classes - seed % 2), 50), rng.integers(0, classes, 50)
+    counts = confusion_counts(pred, true, classes)
+    assert np.array_equal(counts, confusion_matrix(true, pred, labels=range(classes)))
+    scores = class_scores(counts)
+    assert scores["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(true, pred), abs=1e-15)
+    assert scores["accuracy"] == pytest.approx(accuracy_score(true, pred), abs=1e-15) and scores["n"] == 50
+    assert scores["macro_f1"] == pytest.approx(f1_score(true, pred, average="macro"), abs=1e-15)
+    meter = ClassificationMeter(classes)
+    for part in np.array_split(np.arange(50), 4): meter.update(torch.eye(classes)[pred[part]], torch.as_tensor(true[part]))
+    assert meter.compute() == scores

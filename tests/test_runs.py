@@ -443,6 +443,17 @@ def test_run_prints_its_folder_and_the_ledger_lists_it(project, no_kernel, capsy
     assert runs.main(["runs", "--name", "two"]) == 0 and "no runs named two" in capsys.readouterr().out
 
 
+def test_the_printed_command_is_the_run(project, capsys):
+    """Given to a shell from another folder, it does what the run does, odd values included."""
+    (project/"my file.yaml").write_text("sizes: [64]  # it's small\n")
+    assert runs.main(["run", "toy", "-f", "my file.yaml", "-p", "lr", "0.25", "-p", "amp", "true", "--out", "runs/it's here", "--print"]) == 0
+    command = capsys.readouterr().out.strip()
+    assert "\n" not in command and command.startswith("mkdir -p ") and not (project/"runs").exists()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, cwd=project, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
+    assert json.loads((project/"runs"/"it's here"/"results.json").read_text())["values"] == [3, 0.25, True, [64]]
+
+
 def test_dry_run_runs_nothing(study, capsys):
     assert runs.STUDY == CHAIN
     assert runs.main(["study", "--dry-run"]) == 0

@@ -15,9 +15,10 @@ from shipnb.fleet_tasks import make_chips, make_tanks
 from shipnb.formats import fill_boxes, read
 from shipnb.metrics import average_precision, dice
 from shipnb.models import build_classifier, build_detector
+from shipnb.optim import build_optimizer, build_schedule
 from shipnb.sampler import BalancedSampler, ShipStratifiedSampler
 from shipnb.tasks import Task, channels_task, crop_task, detection_task, first_class, losses_without_traces, softmax_task
-from shipnb.training import Learner, make_optimiser, make_schedule
+from shipnb.training import Learner
 
 SIZE = (64, 64)
 
@@ -176,7 +177,7 @@ def test_the_loss_is_the_model_s_own_and_crowds_are_no_examples(tanks, kind):
 
 def test_evaluation_leaves_no_trace(tanks):
     loader, model = make_loader(DetectionDataset(tanks, SIZE), batch_size=4), small_detector()
-    opt = make_optimiser("sgd", model, 0.01)
+    opt = build_optimizer("sgd", model, 0.01)
     one = Learner(model, detection_task(), opt, device="cpu", monitor="ap50", progress=False)
     one.model.train()
     before, state = {k: v.clone() for k, v in one.model.state_dict().items()}, torch.get_rng_state()
@@ -200,7 +201,7 @@ def test_boxes_are_not_rounded_by_autocast():
     model = small_detector()
     def watch(rpn, args): seen["boxes"], seen["features"] = args[2][0]["boxes"], next(iter(args[1].values())).dtype
     model.rpn.register_forward_pre_hook(watch)
-    one = Learner(model, detection_task(), make_optimiser("sgd", model, 0.01), device="cpu", precision="bf16-mixed", progress=False)
+    one = Learner(model, detection_task(), build_optimizer("sgd", model, 0.01), device="cpu", precision="bf16-mixed", progress=False)
     target = dict(boxes=torch.tensor([[40.3, 33.7, 60.9, 58.1]]), labels=torch.tensor([1]), iscrowd=torch.tensor([False]))
     losses = detection_task().loss(one.model, dict(image=[torch.rand(3, 64, 64)], target=[target], index=torch.tensor([0])))
     assert torch.equal(seen["boxes"], target["boxes"]) and seen["features"] == torch.float32
@@ -266,8 +267,8 @@ def detection_run(tanks, folder, precision="32-true", ema=0.0):
     data = DetectionDataset(tanks, SIZE, augment="d4", seed=1)
     train = make_loader(data, ShipStratifiedSampler(tanks.counts, 3, 0.25, batches_per_epoch=2))
     model = small_detector()
-    opt = make_optimiser("adamw", model, 1e-3)
-    one = Learner(model, detection_task(), opt, make_schedule("onecycle", opt, 4), folder, device="cpu", monitor="ap50", progress=False, precision=precision, clip=5.0, ema=ema)
+    opt = build_optimizer("adamw", model, 1e-3)
+    one = Learner(model, detection_task(), opt, build_schedule("onecycle", opt, 4), folder, device="cpu", monitor="ap50", progress=False, precision=precision, clip=5.0, ema=ema)
     return one, train, make_loader(DetectionDataset(tanks.subset([0, 1]), SIZE), batch_size=2)
 
 
@@ -275,8 +276,8 @@ def crop_run(chips, folder, precision="32-true", ema=0.0):
     data = CropDataset(chips, SIZE, augment="d4", seed=1)
     torch.manual_seed(0)
     model = build_classifier("resnet18", 2)
-    opt = make_optimiser("adamw", model, 1e-3)
-    one = Learner(model, crop_task(2), opt, make_schedule("onecycle", opt, 4), folder, device="cpu", monitor="balanced_accuracy", progress=False, precision=precision, ema=ema)
+    opt = build_optimizer("adamw", model, 1e-3)
+    one = Learner(model, crop_task(2), opt, build_schedule("onecycle", opt, 4), folder, device="cpu", monitor="balanced_accuracy", progress=False, precision=precision, ema=ema)
     return one, make_loader(data, BalancedSampler(data.labels, 4, batches_per_epoch=2)), make_loader(CropDataset(chips, SIZE), batch_size=9)
 
 

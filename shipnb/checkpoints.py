@@ -62,8 +62,15 @@ def save_checkpoint(folder, state, step, kind="last", keep=2):
     os.replace(temporary, path)
     _sync_folder(folder)             # the new name is on the disk before an old file goes
     for rest in folder.glob(f".{kind}.pt.*"): rest.unlink(missing_ok=True)   # of a write that was killed
-    for old in [o for o in list_checkpoints(folder, kind) if o != path][keep - 1:] if keep else (): old.unlink(missing_ok=True)
+    for old in _surplus(folder, path, kind, keep) if keep else (): old.unlink(missing_ok=True)
     return path
+
+
+def _surplus(folder, path, kind, keep):
+    """The files of a kind that are too many beside the new one. Those of a later step go first: a damaged one, or of an attempt that was given up."""
+    others = [o for o in list_checkpoints(folder, kind) if o != path]
+    step = int(NAME.fullmatch(path.name)["step"])
+    return sorted(others, key=lambda o: int(NAME.fullmatch(o.name)["step"]) > step)[keep - 1:]
 
 
 def _sync_folder(folder):

@@ -80,19 +80,19 @@ class Board:
     Parameters
     ----------
     folder : the run's folder; events go to `folder/tensorboard`.
-    step : int, optimiser steps done when the run starts or goes on (`learner.steps`); later events of an earlier attempt are purged.
+    step : int, optimiser step at which the last finished epoch ended, 0 for a new run; later events of an earlier attempt are purged and written again.
     """
 
     def __init__(self, folder, step=0):
         from torch.utils.tensorboard import SummaryWriter
         self.folder, self.last = Path(folder), step
-        self.writer = SummaryWriter(str(self.folder/"tensorboard"), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(self.folder/"tensorboard"), purge_step=step + 1)
 
     def epoch(self, row, step):
         """Write the numbers of an epoch's row at an optimiser step, and the lines of `steps.jsonl` since the last call."""
         for name, value in row.items():
             part = "train" if name.startswith(("loss", "train_", "lr", "seconds")) else "valid"
-            if isinstance(value, (int, float)) and name != "epoch": self.writer.add_scalar(f"{part}/{name.removeprefix('train_').removeprefix('valid_')}", value, step)
+            if isinstance(value, (int, float)) and name not in ("epoch", "step"): self.writer.add_scalar(f"{part}/{name.removeprefix('train_').removeprefix('valid_')}", value, step)
         lines = read_lines(self.folder/"steps.jsonl")
         for line in lines[lines["step"] > self.last].to_dict("records") if len(lines) else ():
             for name in ("loss", "lr", "norm"): self.writer.add_scalar(f"steps/{name}", line[name], int(line["step"]))

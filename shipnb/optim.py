@@ -23,8 +23,7 @@ from .losses import check_number
 # %% ../nbs/13_optim.ipynb #8b47113a
 def check_whole(name, value, least):
     """Return `value` when it is a whole number of at least `least`; else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    return value
+    return check_number(name, value, lambda o: isinstance(o, int) and o >= least, f"a whole number of at least {least}")
 
 # %% ../nbs/13_optim.ipynb #d18caa12
 def _under(model, name):

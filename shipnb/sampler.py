@@ -153,8 +153,10 @@ def whole_number(name, value, least):
 
 # %% ../nbs/07_sampler.ipynb #374d09ec
 class _Place:
-    """Where iteration stands: the next batch's `epoch` and `position`; needs `batches_per_epoch` and `setting()`."""
+    """Where iteration stands: the next batch's `epoch` and `position`; needs `batches_per_epoch`, `batch(epoch, batch)` and `setting()`."""
     epoch = position = 0
+
+    def __len__(self): return self.batches_per_epoch
 
     def seek(self, epoch, batch=0):
         """Make `batch` of `epoch` the next one; the batch after an epoch's last is the first of the next epoch."""
@@ -183,11 +185,16 @@ class _Place:
         if other: raise ValueError("the state is of another sampler: " + "; ".join(other))
         self.seek(state["epoch"], state["position"])
 
+    def __iter__(self):
+        epoch, start = self.epoch, self.position
+        for batch in range(start, self.batches_per_epoch):
+            images = self.batch(epoch, batch)
+            self.seek(epoch, batch + 1)
+            yield images
+
 # %% ../nbs/07_sampler.ipynb #6d6fd550
 class _Batches(_Place):
     """What the batches of a `ShipStratifiedSampler` hold: a function of (epoch, batch)."""
-    def __len__(self): return self.batches_per_epoch
-
     def setting(self):
         """All that decides the batches, as plain values: a saved state fits a sampler with the same setting."""
         return dict(seed=self.seed, batch_images=self.batch_images, batches_per_epoch=self.batches_per_epoch,
@@ -206,13 +213,6 @@ class _Batches(_Place):
         images = np.concatenate([stream.take(start, stop) for stream, start, stop in spans])
         np.random.default_rng([self.seed, len(STRATA), epoch, batch]).shuffle(images)
         return images[self.rank::self.world_size].tolist()
-
-    def __iter__(self):
-        epoch, start = self.epoch, self.position
-        for batch in range(start, self.batches_per_epoch):
-            images = self.batch(epoch, batch)
-            self.seek(epoch, batch + 1)
-            yield images
 
 # %% ../nbs/07_sampler.ipynb #2b75ea55
 class ShipStratifiedSampler(_Batches, Sampler):
@@ -310,8 +310,6 @@ class BalancedSampler(_Place, Sampler):
         asked = max(1, min(self.sizes) * len(self.sizes) // self.batch_images) if batches_per_epoch is None else batches_per_epoch
         self.batches_per_epoch = whole_number("batches_per_epoch", asked, 1)
 
-    def __len__(self): return self.batches_per_epoch
-
     def setting(self):
         """All that decides the batches, as plain values."""
         return dict(seed=self.seed, batch_images=self.batch_images, batches_per_epoch=self.batches_per_epoch, labels_crc32=zlib.crc32(self.labels.astype(np.int64).tobytes()))
@@ -326,13 +324,6 @@ class BalancedSampler(BalancedSampler):
         images = np.concatenate([o.take(shown(start, k), shown(start + self.batch_images, k)) for k, o in enumerate(self._streams)])
         np.random.default_rng([self.seed, kinds, epoch, batch]).shuffle(images)
         return images[self.rank::self.world_size].tolist()
-
-    def __iter__(self):
-        epoch, start = self.epoch, self.position
-        for batch in range(start, self.batches_per_epoch):
-            images = self.batch(epoch, batch)
-            self.seek(epoch, batch + 1)
-            yield images
 
 # %% ../nbs/07_sampler.ipynb #f8028b2c
 def simulate(counts, batch_size, zero_ships_ratio_per_batch=None, multiple_ships_ratio_per_batch=None, epochs=10,

@@ -170,8 +170,9 @@ def _pieces(batch, split):
 class Learner(Learner):
     def _finite(self, parts, norm, group):
         """Whether a step may be taken; on a GPU it may, and is looked at later by `_look_back`."""
-        self.taken.append((torch.isfinite(norm) & torch.isfinite(sum(parts.values())), self.epoch, self.batch, parts, norm, [k for batch in group for k in batch["index"].tolist()]))
-        return self.lazy or bool(self.taken[-1][0])
+        step = torch.isfinite(norm) & torch.isfinite(sum(parts.values())), self.epoch, self.batch, parts, norm, [k for batch in group for k in batch["index"].tolist()]
+        self.taken = [*self.taken, step] if self.lazy else [step]
+        return self.lazy or bool(step[0])
 
     def _look_back(self):
         """FloatingPointError for the first step since the last look whose loss or gradient was not finite."""
@@ -234,7 +235,9 @@ class Learner(Learner):
                 self._count(parts, norm, group, bar)
                 group = []
                 if stop.signal: self._interrupt()
-                if self.save_every and self.steps % self.save_every == 0: self.save()
+                if self.save_every and self.steps % self.save_every == 0:
+                    self._clock()
+                    self.save()
         self._look_back()
         self._clock()
 
@@ -254,7 +257,6 @@ class Learner(Learner):
         self.recent.append(sum(parts.values()))
         self.batch, self.steps = self.batch + len(group), self.steps + 1
         bar.update(n)
-        if not self.lazy: self.taken = []
         if self.steps % self.log_every: return
         self._look_back()
         self._log_step(norm)
@@ -314,7 +316,7 @@ class Learner(Learner):
 # %% ../nbs/20_training.ipynb #4b2625d8
 class Learner(Learner):
     def epochs(self, n, train_loader, valid_loader=None, evaluate_every=1, train_scores=None):
-        """Train up to epoch `n` (counted from the very first start); yield one row {epoch, lr (after its last step), loss, ..., seconds} after each.
+        """Train up to epoch `n` (counted from the very first start); yield one row {epoch, step (optimiser steps so far), lr (after the last of them), loss, ..., seconds} after each.
 
         The validation set is scored after every `evaluate_every`-th epoch and the last, and with it `train_scores`, a loader of training images as they are, whose scores are named train_...
         Nothing happens unless the generator is iterated.
@@ -322,7 +324,7 @@ class Learner(Learner):
         while self.epoch < n:
             self._train_epoch(train_loader)
             means = self._means()
-            row = dict(epoch=self.epoch, lr=self.lr, loss=sum(means.values()), **{f"loss_{k}": v for k, v in means.items()}, seconds=round(self.seconds, 2))
+            row = dict(epoch=self.epoch, step=self.steps, lr=self.lr, loss=sum(means.values()), **{f"loss_{k}": v for k, v in means.items()}, seconds=round(self.seconds, 2))
             if self.split > 1: row["pieces"] = self.split
             if self.skipped: row["skipped"] = self.skipped
             due = (self.epoch + 1) % evaluate_every == 0 or self.epoch + 1 == n
@@ -502,16 +504,17 @@ def make_card(catalog, parts, recipe, learner):
     return dict(architecture="unet", encoder=recipe.encoder, decoder=list(recipe.decoder), classes=1, in_channels=3, size=[recipe.size] * 2, window=[int(o) for o in shapes.index[0]],
                 training=asdict(recipe) | {"epochs_done": learner.epoch, "device": str(learner.fabric.device), "minutes": round(sum(o["seconds"] for o in learner.history) / 60, 2)},
                 data={"fingerprint": catalog.fingerprint(), "images": len(catalog), "valid": valid},
-                metrics={f"{k}@{recipe.size}": v for k, v in learner.history[-1].items() if k not in ("epoch", "lr", "seconds")}, versions=versions)
+                metrics={f"{k}@{recipe.size}": v for k, v in learner.history[-1].items() if k not in ("epoch", "step", "lr", "seconds")}, versions=versions)
 
 # %% ../nbs/20_training.ipynb #c2c3fa74
-def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto", progress=None):
+def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto", progress=None, save_every=500):
     """Train a segmenter, resumably, and write `folder/model`.
 
     Parameters
     ----------
     catalog : Catalog; parts : "train" / "valid" per image.
     recipe : Recipe.
+    save_every : int, optimiser steps between two checkpoints within an epoch, beside the one after each epoch; 0 is none.
     folder : gets checkpoints, log.jsonl, steps.jsonl and model/. The same recipe and data go on from the newest checkpoint, others are refused (ValueError).
 
     Returns
@@ -520,7 +523,7 @@ def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto",
     """
     train_loader, valid_loader = make_loaders(catalog, parts, recipe)
     key = recipe.key([catalog.fingerprint(), sha256_text("".join(parts))])
-    learner = make_learner(recipe, len(train_loader), folder, key, device)
+    learner = make_learner(recipe, len(train_loader), folder, key, device, save_every)
     if progress is not None: learner.progress = progress
     learner.resume()
     over = lambda: recipe.patience and stalled(learner.history, learner.monitor, recipe.patience)

@@ -38,7 +38,9 @@ def group_members(groups):
 
 def group_draws(n, draws=2000, seed=0):
     """Return how often each of `n` groups is in each draw with replacement: int16 (draws, n), rows sum to n. The draws of `bootstrap_means`."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws).astype(np.int16)
+    rng, share = np.random.default_rng(seed), np.full(n, 1 / n)
+    parts = [rng.multinomial(n, share, min(100, draws - o)).astype(np.int16) for o in range(0, draws, 100)]   # at once it takes four times the memory
+    return np.concatenate(parts or [np.zeros((0, n), np.int16)])
 
 
 def fold_draws(n, folds=10, repeats=5, seed=0):
@@ -58,7 +60,7 @@ def fold_draws(n, folds=10, repeats=5, seed=0):
 def sum_by_group(values, member, n):
     """Return sums of `values` (images, ...) over the images of each group: float64 (groups, ...)."""
     values = np.asarray(values, np.float64)
-    flat = values.reshape(len(values), -1)
+    flat = values.reshape(len(values), int(np.prod(values.shape[1:])))
     return np.stack([np.bincount(member, o, n) for o in flat.T], axis=-1).reshape(n, *values.shape[1:])
 
 

@@ -184,7 +184,7 @@ def stratify(objects, components, column, groups, bands=None, draws=2000, seed=0
     Returns
     -------
     DataFrame by stratum (those without an object and a component are left out): objects, components (-1 where they lack the column), groups (that hold one), and recall, precision, f2, each
-    with _low and _high (NaN with fewer than `LEAST_GROUPS` groups).
+    with _low and _high (NaN with fewer than `LEAST_GROUPS` groups behind it: with objects for recall, with components for precision).
 
     Raises
     ------
@@ -199,8 +199,9 @@ def stratify(objects, components, column, groups, bands=None, draws=2000, seed=0
         sums = _stratum_sums(objects, components, names, column, band)
         if not sums[:, [1, 3]].any(): continue
         values, drawn = (_stratum_scores(o, known) for o in (sums.sum(axis=0), weights @ sums))
-        row = dict(objects=int(sums[:, 1].sum()), components=int(sums[:, 3].sum()) if known else -1, groups=int(sums[:, [1, 3]].any(axis=1).sum()))
-        for key in values: row |= {key: float(values[key]), **dict(zip((f"{key}_low", f"{key}_high"), interval_of(drawn[key], row["groups"])))}
+        behind = {key: int(sums[:, which].any(axis=1).sum()) for key, which in (("recall", [1]), ("precision", [3]), ("f2", [1, 3]))}
+        row = dict(objects=int(sums[:, 1].sum()), components=int(sums[:, 3].sum()) if known else -1, groups=behind["f2"])
+        for key in values: row |= {key: float(values[key]), **dict(zip((f"{key}_low", f"{key}_high"), interval_of(drawn[key], behind[key])))}
         rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(column)
 

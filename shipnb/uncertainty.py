@@ -7,7 +7,8 @@ __all__ = ['UNIT', 'NAMES', 'PALETTE', 'SIDES', 'exact', 'group_members', 'group
            'ratio_draws', 'score_parts', 'score_draws', 'score_table', 'ScoreSums', 'score_sums', 'choose_rows',
            'choices', 'Choice', 'bootstrap_choice', 'optimism', 'signed_rank', 'compare_runs', 'holm',
            'benjamini_hochberg', 'compare_sweep', 'plot_comparison', 'object_ious', 'object_rows', 'changed_sides',
-           'plot_changed', 'run_scores', 'crossed_bootstrap', 'plot_choice', 'plot_seeds', 'subset_draws']
+           'plot_changed', 'run_scores', 'crossed_draws', 'crossed_bootstrap', 'plot_choice', 'plot_seeds',
+           'subset_draws']
 
 # %% ../nbs/30b_uncertainty.ipynb #b30b0002
 import dataclasses
@@ -629,6 +630,28 @@ def run_scores(runs, score="dice"):
     return np.stack([np.where(o[:, 1] > 0, o[:, 0], np.nan) for o in parts])
 
 
+def crossed_draws(values, groups, draws=2000, seed=0, runs_seed=None, over=("groups", "runs")):
+    """Return the mean score of a recipe in draws of whole groups, of runs, or of both at once.
+
+    Parameters
+    ----------
+    values : float (runs, images); NaN where an image does not count. groups : labels (images,).
+    draws, seed : of the draws of groups, those of `group_draws`; two recipes with one seed are drawn on the same groups, so the difference of their draws is paired.
+    runs_seed : of the draws of runs; None is seed + 1.
+    over : what is drawn; the rest is held.
+
+    Returns
+    -------
+    float64 (draws,); NaN where a draw has no image that counts.
+    """
+    names, member = group_members(groups)
+    sums, sizes = (sum_by_group(o.T, member, len(names)).T for o in (exact(np.nan_to_num(values)), np.isfinite(values)))
+    g = group_draws(len(names), draws, seed) if "groups" in over else np.ones((draws, len(names)))
+    r = group_draws(len(values), draws, seed + 1 if runs_seed is None else runs_seed) if "runs" in over else np.ones((draws, len(values)))
+    above, below = (((r @ o) * g).sum(axis=1) for o in (sums, sizes))
+    return np.divide(above, below, out=np.full(draws, np.nan), where=below > 0)
+
+# %% ../nbs/30b_uncertainty.ipynb #b30b0066
 def crossed_bootstrap(values, groups, draws=2000, seed=0, level=0.95):
     """Return the mean score of a recipe with three intervals: over images alone, over runs alone, and over both.
 
@@ -648,19 +671,14 @@ def crossed_bootstrap(values, groups, draws=2000, seed=0, level=0.95):
     """
     values = np.atleast_2d(np.asarray(values, np.float64))
     if len(values) < 2: raise ValueError("one run says nothing about other seeds; give at least two")
-    names, member = group_members(groups)
-    sums, sizes = (sum_by_group(o.T, member, len(names)).T for o in (exact(np.nan_to_num(values)), np.isfinite(values)))
-    over_groups, over_runs = group_draws(len(names), draws, seed), group_draws(len(values), draws, seed + 1)
-    ones = [np.ones(o.shape) for o in (over_groups, over_runs)]
-    rows = {}
-    for name, g, r in (("groups", over_groups, ones[1]), ("runs", ones[0], over_runs), ("both", over_groups, over_runs)):
-        above, below = (((r @ o) * g).sum(axis=1) for o in (sums, sizes))
-        drawn = np.divide(above, below, out=np.full(draws, np.nan), where=below > 0)
-        units = dict(groups=f"{len(names)} groups", runs=f"{len(values)} runs").get(name, f"{len(names)} groups x {len(values)} runs")
-        rows[name] = (sums.sum() / sizes.sum(), *interval(drawn, level), np.nanstd(drawn), units)
+    sizes = dict(groups=f"{len(set(map(str, groups)))} groups", runs=f"{len(values)} runs")
+    sizes["both"], rows = f"{sizes['groups']} x {sizes['runs']}", {}
+    for name, units in sizes.items():
+        drawn = crossed_draws(values, groups, draws, seed, over=("groups", "runs") if name == "both" else (name,))
+        rows[name] = (np.nanmean(values), *interval(drawn, level), np.nanstd(drawn), units)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["score", "low", "high", "sd", "units"])
 
-# %% ../nbs/30b_uncertainty.ipynb #b30b0070
+# %% ../nbs/30b_uncertainty.ipynb #b30b0071
 def plot_choice(choice):
     """Draw where the draws of a `Choice` choose, and their scores on the draw and on the groups left out; returns the Figure."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -682,7 +700,7 @@ def plot_choice(choice):
     right.set_ylim(0, right.get_ylim()[1] * 1.35)
     return figure
 
-# %% ../nbs/30b_uncertainty.ipynb #b30b0072
+# %% ../nbs/30b_uncertainty.ipynb #b30b0073
 def plot_seeds(values, groups, draws=2000, seed=0):
     """Draw each run's mean with its interval over groups, and the recipe's mean with the three intervals of `crossed_bootstrap`; returns the Figure."""
     figure, ax = plt.subplots(figsize=(6, .9 + .3 * (len(values) + 3)), layout="constrained")
@@ -700,7 +718,7 @@ def plot_seeds(values, groups, draws=2000, seed=0):
     ax.set(yticks=range(len(rows)), yticklabels=[o[0] for o in rows[::-1]], xlabel="score, 95 % interval")
     return figure
 
-# %% ../nbs/30b_uncertainty.ipynb #b30b0075
+# %% ../nbs/30b_uncertainty.ipynb #b30b0076
 def subset_draws(n, size, draws=1000, seed=0):
     """Return `draws` random subsets of `size` out of `n` groups (or images) as weights: int16 (draws, n). ValueError unless 1 <= size <= n."""
     if not 1 <= size <= n: raise ValueError(f"a subset of {size} out of {n} cannot be drawn")

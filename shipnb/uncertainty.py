@@ -596,7 +596,8 @@ def plot_changed(catalog, first, second, iou=0.5, most=12, side=96, columns=4, m
     found = [[o > iou for o in object_ious(*run)] for run in (first, second)]
     places = [(i, k) for i, (a, b) in enumerate(zip(*found)) for k in np.flatnonzero(a != b)][:most]
     if not places: return None
-    rows, at = object_rows(first[0], catalog), {name: i for i, name in enumerate(catalog.images["image"])}
+    shown, at = sorted({i for i, _ in places}), {name: i for i, name in enumerate(catalog.images["image"])}
+    rows = dict(zip(shown, object_rows(first[0].subset(shown), catalog)))
     shape = (-(-len(places) // columns), min(columns, len(places)))
     figure, axes = plt.subplots(*shape, figsize=(1.9 * shape[1], 2.0 * shape[0] + .5), layout="constrained", squeeze=False)
     for ax in axes.ravel(): ax.set_axis_off()

@@ -262,7 +262,7 @@ def test_data_that_cannot_be_used(change, why, data):
 
 @pytest.mark.parametrize("wrong, why", [
     (dict(loss="bc"), "unknown loss 'bc'"), (dict(size=48), "size must be a multiple of 32, not 48"), (dict(crop=20), "crop must be a multiple of 32"), (dict(epochs=0), "epochs must be a whole number >= 1, not 0"),
-    (dict(epochs=2.5), "epochs must be a whole number"), (dict(batch_size=0), "batch_size"), (dict(threshold=0), "between 0 and 1, not 0"), (dict(min_area=-3), "not -3"), (dict(random_state=-1), "seed must lie between 0"),
+    (dict(epochs=2.5), "epochs must be a whole number"), (dict(batch_size=0), "batch_size"), (dict(threshold=0), "between 0 and 1, not 0"), (dict(min_area=-3), "not -3"), (dict(random_state=-1), "seed must be a whole number >= 0, not -1"),
     (dict(augment="d5"), "unknown augment 'd5'"), (dict(encoder="resnet19"), "resnet19"), (dict(optimiser="adan"), "adan"), (dict(schedule="plateau"), "validation part"), (dict(preset="x"), "x")])
 def test_parameters_that_cannot_be_used(wrong, why, data):
     model = ShipSegmenter(**SMALL | wrong)          # stored, not looked at

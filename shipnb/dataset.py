@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'shrink', 'read_item', 'DecodedCache', 'turn', 'crop_corner', 'check_images',
-           'SegmentationDataset', 'collate', 'make_loader', 'to_input', 'to_target']
+           'SegmentationDataset', 'collate', 'make_loader', 'constant', 'to_input', 'to_target']
 
 # %% ../nbs/06_dataset.ipynb #76527a9e
 import json
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -229,6 +230,12 @@ def make_loader(dataset, batch_sampler=None, batch_size=16, workers=0, seed=0):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@lru_cache
+def constant(numbers, device):
+    """Return a tuple of numbers as a float32 tensor on a device, made once: a copy from the host would make each step wait."""
+    with torch.inference_mode(False): return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 def to_input(image, device=None):
     """Return the network's input for a batch of images.
 
@@ -243,7 +250,7 @@ def to_input(image, device=None):
     """
     x = image.to(device, non_blocking=True) if device is not None else image
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3: raise ValueError(f"expected uint8 images (N, h, w, 3), got {x.dtype} {tuple(x.shape)}")
-    mean, std = (torch.tensor(o, device=x.device) * 255 for o in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (constant(o, x.device) * 255 for o in (IMAGENET_MEAN, IMAGENET_STD))
     return ((x.float() - mean) / std).permute(0, 3, 1, 2)
 
 

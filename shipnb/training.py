@@ -308,10 +308,11 @@ class Learner(Learner):
         metric, total, n = self.task.metric(), 0.0, 0
         for batch in loader:
             size = len(batch["index"])
-            total += float(sum(self.task.loss(model, batch).values())) * size
+            parts, predictions = self.task.look(model, batch)
+            total = total + sum(parts.values()).double() * size      # stays on the device: nothing waits
             n += size
-            metric.update(self.task.predict(model, batch), batch)
-        return {"valid_loss": total / max(n, 1), **metric.compute()}
+            metric.update(predictions, batch)
+        return {"valid_loss": float(total) / max(n, 1), **metric.compute()}
 
 # %% ../nbs/20_training.ipynb #4b2625d8
 class Learner(Learner):

@@ -1189,4 +1189,5 @@ d = { 'settings': { 'branch': 'main',
                                  'shipnb.training.set_seeds': ('training.html#set_seeds', 'shipnb/training.py'),
                                  'shipnb.training.split_by': ('training.html#split_by', 'shipnb/training.py'),
                                  'shipnb.training.stalled': ('training.html#stalled', 'shipnb/training.py'),
-                                 'shipnb.training.train_model': ('training.html#train_model', 'shipnb/training.py')}}}
+                                 'shipnb.training.train_model': ('training.html#train_model', 'shipnb/training.py'),
+                                 'shipnb.training.training_device': ('training.html#training_device', 'shipnb/training.py')}}}

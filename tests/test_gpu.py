@@ -31,5 +31,5 @@ def test_the_gpu_script_installs_once_and_runs_its_parts(tmp_path):
     assert sum(" pip install" in o for o in asked) == 1 and "--no-index" in (ROOT/"tests"/"gpu.sh").read_text()
     with_cells = sorted(o.name for o in (ROOT/"nbs").glob("*.ipynb") if '"#| cuda' in o.read_text(encoding="utf-8"))
     assert [o.split("|")[1].strip() for o in asked if "nbdev_test" in o] == [f"nbs/{o}" for o in with_cells] and with_cells
-    assert f"{ROOT}:{tmp_path}/site" in asked[-1] and "benchmarks" in asked[-1] and "| true |" in asked[-1]
+    assert f"{ROOT}:{tmp_path}/site" in asked[-1] and "shipnb.runs import main" in asked[-1] and "| true |" in asked[-1]      # run benchmarks ... -p publish true
     assert {o.name for o in (tmp_path/"out").iterdir()} == {"machine.json", "cells.log", "benchmarks.log", "benchmarks.json", "benchmarks.png"}

@@ -183,7 +183,7 @@ class SegmentationDataset:
 
     def set_epoch(self, epoch): self.epoch = int(epoch)
 
-# %% ../nbs/06_dataset.ipynb #f9b0450f
+# %% ../nbs/06_dataset.ipynb #5b2bc187
 class SegmentationDataset(SegmentationDataset):
     def _draw(self, i, msk):
         """What happens to item `i`, whose mask is `msk`: row and column of its crop, its symmetry, and the generator of what comes after."""
@@ -191,6 +191,8 @@ class SegmentationDataset(SegmentationDataset):
         y, x = crop_corner(msk, self.crop, self.crop_on_ship, rng) if self.crop else (0, 0)
         return y, x, _turn_code(self.augment, rng), rng
 
+# %% ../nbs/06_dataset.ipynb #f9b0450f
+class SegmentationDataset(SegmentationDataset):
     def arrays(self, i):
         """Image uint8 (h, w, 3) and mask uint8 (h, w) of item `i`, augmented; possibly views of the cache."""
         if self.cache is None: img, msk = read_item(self.catalog, i, self.size)
@@ -304,7 +306,10 @@ def free_memory(device):
 
 
 def on_device(dataset, device, share=0.5):
-    """Return the dataset as a DeviceDataset when its images take at most `share` (0..1) of the device's free memory, else as it is: without a cache, with a `transform`, and on the CPU, whose memory the cache is mapped into already."""
+    """Return the dataset as a DeviceDataset when its images take at most `share` (0..1) of the device's free memory, else as it is.
+
+    It stays as it is without a cache, with a `transform`, and on the CPU, whose memory the cache is mapped into already.
+    """
     if dataset.cache is None or dataset.transform is not None: return dataset
     fits = DeviceCache.nbytes(dataset.cache, len(dataset)) <= share * free_memory(device)
     return DeviceDataset(dataset, device) if fits else dataset

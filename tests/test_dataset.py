@@ -176,7 +176,7 @@ def test_a_cache_goes_to_a_device_when_it_fits(root, tmp_path, monkeypatch):
     assert store.images.nbytes + store.bits.nbytes == needed
     assert on_device(plain, "cpu") is plain, "the CPU has the cache already"
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
-        monkeypatch.setattr(module, "free_memory", lambda device: free)
+        monkeypatch.setattr(module, "free_memory", lambda device, free=free: free)
         assert isinstance(on_device(plain, "cpu"), DeviceDataset) == fits
     monkeypatch.setattr(module, "free_memory", lambda device: 1e12)
     for other in (SegmentationDataset(catalog, (32, 32)), SegmentationDataset(catalog, (32, 32), cache, transform=lambda **o: o)):

@@ -204,7 +204,7 @@ def test_calls_alternate_and_ratios_are_taken_pair_by_pair():
 
 def test_workers_answer_every_question(catalog, cache):
     """Two processes, both ways, every question of the notebook."""
-    seconds, first = plain["compare_training"](str(catalog.root), str(cache.folder), (32, 32), 2, 3, 0, "cpu", repetitions=1, questions=("next", "evaluate", "epoch"))
+    seconds, first = plain["compare_training"](str(catalog.root.parent), str(cache.folder), (32, 32), 2, 3, 0, "cpu", repetitions=1, questions=("next", "evaluate", "epoch"))
     assert {line: o.shape for line, o in seconds.items()} == dict.fromkeys(("next", "evaluate", "epoch"), (2, 1, 2, 2)) and set(first) == {"evaluate", "first"}
     assert all((o[1, ..., 0] >= o[0, ..., 0]).all() and (o > 0).all() for o in seconds.values()), "data and step take longer than the step"
 

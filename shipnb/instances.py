@@ -17,7 +17,7 @@ from skimage.segmentation import watershed
 
 from .masks import label_instances
 
-# %% ../nbs/14_instances.ipynb #566ebc27
+# %% ../nbs/14_instances.ipynb #6fef676f
 def _label_image(labels):
     """`labels` as an integer array of two axes without negative numbers; ValueError otherwise."""
     labels = np.asarray(labels)
@@ -38,17 +38,22 @@ def renumber(labels):
     return out
 
 
+def _places(labels):
+    """The slices around labels 1..n, None for one that does not occur."""
+    return ndimage.find_objects(labels) if labels.size else []
+
+
 def pieces(labels):
     """Return the 8-connected components of every label: int32 (height, width), numbered as `renumber`. A ship cut in two by a cloud comes back as two."""
     labels = renumber(labels)
     out, n = np.zeros_like(labels), 0
-    for k, place in enumerate(ndimage.find_objects(labels), 1):
+    for k, place in enumerate(_places(labels), 1):
         part, count = label_instances(labels[place] == k)
         out[place] += np.where(part, part + n, 0).astype(np.int32)
         n += count
     return renumber(out)
 
-# %% ../nbs/14_instances.ipynb #e2bf3304
+# %% ../nbs/14_instances.ipynb #21c572e7
 def _share(relief, mask, markers, min_area):
     """Parts 1..n of a component by watershed of `relief` from `markers`, the small ones shared out among the others; None when fewer than two are left."""
     while True:
@@ -66,7 +71,7 @@ def _split(labels, marked, min_area):
     if min_area < 1: raise ValueError(f"the smallest part has at least 1 pixel, not {min_area}")
     labels = pieces(labels)
     out, n = labels.copy(), int(labels.max(initial=0))
-    for k, place in enumerate(ndimage.find_objects(labels), 1):
+    for k, place in enumerate(_places(labels), 1):
         mask = np.pad(labels[place] == k, 1)
         if np.count_nonzero(mask) < 2 * min_area: continue
         found = marked(mask, place)
@@ -189,7 +194,7 @@ def _large_only(mask, min_area):
     keep = np.append(False, np.bincount(labels.ravel(), minlength=n + 1)[1:] >= min_area)
     return np.where(keep, np.cumsum(keep), 0)[labels].astype(np.int32)
 
-# %% ../nbs/14_instances.ipynb #b19a557a
+# %% ../nbs/14_instances.ipynb #3c552937
 def normal_boxes(boxes):
     """Return oriented boxes (n, 5) in their one normal form: length >= width, angle in [0, 180), of a square in [0, 90). The same rectangles."""
     boxes = np.array(boxes, np.float64).reshape(-1, 5)
@@ -214,7 +219,7 @@ def oriented_boxes(labels):
     """
     labels = _label_image(labels)
     out = np.full((int(labels.max(initial=0)), 5), np.nan)
-    for k, place in enumerate(ndimage.find_objects(labels.astype(np.int32)), 1):
+    for k, place in enumerate(_places(labels.astype(np.int32)), 1):
         if place is None: continue
         mask = labels[place] == k
         rows = np.flatnonzero(mask.any(1))

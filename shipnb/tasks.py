@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .dataset import to_input, to_target
-from .losses import make_loss
+from .losses import make_counts, make_loss
 from .metrics import ChannelMeter, ClassificationMeter, DetectionMeter, SegmentationMeter
 from .models import Exact, ExactBoxes
 
@@ -29,11 +29,13 @@ class Task:
     ----------
     loss : `(model, batch) -> {name: scalar tensor}`; the parts are summed for the backward pass.
     predict : `(model, batch) -> predictions`; called in eval mode without gradients.
-    metric : `() -> m` with `m.update(predictions, batch)` and `m.compute() -> {name: float}`.
+    metric : `() -> m` with `m.update(predictions, batch)` and `m.compute() -> {name: float}`; for several processes also `m.merge(other)`, which adds another's images behind its own.
+    counts : `batch -> {name: tensor ()}`, over how much a part of the loss takes its mean, for the parts for which that is not the images. Several processes weigh their parts by it; alone it is not asked.
     """
     loss: Callable
     predict: Callable
     metric: Callable
+    counts: Callable = lambda batch: {}
 
 # %% ../nbs/15_tasks.ipynb #89939dcf
 def _device(model):
@@ -48,6 +50,8 @@ class SegmentationMetric:
 
     def update(self, p, batch): self.meter.update(p, to_target(batch["mask"], p.device), batch["has_ship"])
 
+    def merge(self, other): self.meter.merge(other.meter)
+
     def compute(self): return self.meter.compute()
 
 # %% ../nbs/15_tasks.ipynb #38025200
@@ -61,7 +65,7 @@ def segmentation_task(loss="bce", threshold=0.5):
 
     Batches are those of `shipnb.dataset`: image uint8 (N, h, w, 3), mask uint8 (N, h, w), has_ship bool (N,).
     """
-    parts = make_loss(loss)
+    parts, counts = make_loss(loss), make_counts(loss)
 
     def loss_parts(model, batch):
         device = _device(model)
@@ -69,7 +73,7 @@ def segmentation_task(loss="bce", threshold=0.5):
 
     def predict(model, batch): return torch.sigmoid(model(to_input(batch["image"], _device(model))).float())
 
-    return Task(loss_parts, predict, lambda: SegmentationMetric(threshold))
+    return Task(loss_parts, predict, lambda: SegmentationMetric(threshold), lambda batch: counts(to_target(batch["mask"])))
 
 # %% ../nbs/15_tasks.ipynb #da3d783e
 class ChannelMetric:
@@ -84,6 +88,8 @@ class ChannelMetric:
         else: pred = p >= self.threshold
         self.meter.update(pred, true)
 
+    def merge(self, other): self.meter.merge(other.meter)
+
     def compute(self): return self.meter.compute()
 
 
@@ -94,7 +100,7 @@ def first_class(y):
 # %% ../nbs/15_tasks.ipynb #8daae240
 def channels_task(classes, loss="bce", threshold=0.5):
     """Return the Task of a segmenter of several classes that may overlap: logits (N, classes, h, w). Parameters as `segmentation_task`; masks hold a bit a class (`to_target`)."""
-    parts = make_loss(loss)
+    parts, counts = make_loss(loss), make_counts(loss)
 
     def loss_parts(model, batch):
         device = _device(model)
@@ -102,7 +108,7 @@ def channels_task(classes, loss="bce", threshold=0.5):
 
     def predict(model, batch): return torch.sigmoid(model(to_input(batch["image"], _device(model))).float())
 
-    return Task(loss_parts, predict, lambda: ChannelMetric(classes, threshold))
+    return Task(loss_parts, predict, lambda: ChannelMetric(classes, threshold), lambda batch: counts(to_target(batch["mask"], classes=classes)))
 
 
 def softmax_task(classes, weights=None):
@@ -120,7 +126,9 @@ def softmax_task(classes, weights=None):
 
     def predict(model, batch): return model(to_input(batch["image"], _device(model))).float().softmax(1)
 
-    return Task(loss_parts, predict, lambda: ChannelMetric(classes, exclusive=True))
+    def counts(batch): return {} if weights is None else {"ce": torch.tensor(weights, dtype=torch.float64)[first_class(to_target(batch["mask"].cpu(), classes=classes))].sum()}
+
+    return Task(loss_parts, predict, lambda: ChannelMetric(classes, exclusive=True), counts)
 
 # %% ../nbs/15_tasks.ipynb #2de74d79
 NORMS = torch.nn.modules.batchnorm._NormBase   # batch norm of every kind, and instance norm
@@ -146,7 +154,7 @@ def detection_task():
     """Return the Task of a detector of torchvision's contract (`shipnb.models.build_detector`).
 
     Batches are those of `shipnb.dataset_tasks.DetectionDataset`: image, a list of float (3, h, w) in 0..1; target, a list of dicts of boxes, labels and iscrowd, in Mask R-CNN's case masks; index (N,).
-    The loss has the model's own parts; the score is `average_precision`.
+    The loss has the model's own parts; the score is `average_precision`. Of several processes each part counts by its images, though torchvision divides some by boxes or by the proposals it has drawn: there the gradients are near those of one process, not equal.
     """
     def inputs(model, batch):
         device = _device(model)
@@ -173,6 +181,8 @@ class DetectionMetric:
 
     def update(self, predictions, batch): self.meter.update(predictions, batch["target"])
 
+    def merge(self, other): self.meter.merge(other.meter)
+
     def compute(self): return self.meter.compute()
 
 # %% ../nbs/15_tasks.ipynb #af836c19
@@ -182,6 +192,8 @@ class ClassificationMetric:
     def __init__(self, classes): self.meter = ClassificationMeter(classes)
 
     def update(self, p, batch): self.meter.update(p, batch["label"])
+
+    def merge(self, other): self.meter.merge(other.meter)
 
     def compute(self): return self.meter.compute()
 
@@ -207,4 +219,6 @@ def crop_task(classes, weights=None, smoothing=0.0):
 
     def predict(model, batch): return model(to_input(batch["image"], _device(model))).float().softmax(1)
 
-    return Task(loss_parts, predict, lambda: ClassificationMetric(classes))
+    def counts(batch): return {} if weights is None else {"ce": torch.tensor(weights, dtype=torch.float64)[batch["label"].cpu()].sum()}
+
+    return Task(loss_parts, predict, lambda: ClassificationMetric(classes), counts)

@@ -11,9 +11,12 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import random
 import signal
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -236,16 +239,17 @@ def _passing_on():
     finally:
         for number, handler in old.items(): signal.signal(number, handler)
 
-# %% ../nbs/18_parallel.ipynb #538efcb2
-def _one_of(fabric, function):
-    """What a started process does: call the function, alone in its process group so that a signal comes from the parent only."""
+# %% ../nbs/18_parallel.ipynb #ef1ec207
+def _one_of(fabric, function, answer):
+    """What a started process does: call the function, alone in its process group so that a signal comes from the parent only; the first writes (what stopped it, result) to the file `answer`."""
     os.setpgid(0, 0)
     if fabric.device.type == "cpu": torch.set_num_threads(1)      # a copy of a process with threads has none of them, and would wait for them
-    try: answer = None, function()
-    except KeyboardInterrupt as error: return str(error), None
+    try: stopped, result = None, function()
+    except KeyboardInterrupt as error: stopped, result = str(error), None
+    if fabric.is_global_zero: answer.write_bytes(pickle.dumps((stopped, result)))   # Fabric's own way back is a pipe of 64 kB that nobody reads before the end
+    if stopped is not None: return
     dist.barrier()
     dist.destroy_process_group()
-    return answer
 
 
 def launch(function, devices, device="auto"):
@@ -271,7 +275,10 @@ def launch(function, devices, device="auto"):
     fabric = Fabric(accelerator=device, devices=devices, strategy=DDPStrategy(start_method="fork"))
     port = os.environ.pop("MASTER_PORT", None)
     try:
-        with _passing_on() as came: stopped, result = fabric.launch(_one_of, function)
+        with tempfile.TemporaryDirectory() as folder, _passing_on() as came:
+            fabric.launch(_one_of, function, Path(folder)/"answer")
+            answer = Path(folder)/"answer"
+            stopped, result = pickle.loads(answer.read_bytes()) if answer.exists() else ("stopped before anything was done", None)
     except (ProcessExitedException, ProcessRaisedException) as error:
         if came: raise KeyboardInterrupt(f"stopped by {signal.Signals(came[0]).name}") from error
         raise RuntimeError(f"one of {devices} processes failed, the others were ended: {error}") from error

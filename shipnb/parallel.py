@@ -6,9 +6,10 @@
 __all__ = ['processes', 'SumAfterwards', 'make_fabric', 'gather', 'total', 'by_first', 'Shard', 'shard', 'check_shard', 'deal',
            'in_order', 'align', 'sum_step', 'synchronised', 'launch']
 
-# %% ../nbs/18_parallel.ipynb #68be6167
+# %% ../nbs/18_parallel.ipynb #7958eb7c
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
@@ -273,7 +274,9 @@ def launch(function, devices, device="auto"):
     if processes()[1] > 1: raise ValueError("this is one of several processes already; it cannot start more")
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1: raise ValueError(f"devices must be a whole number >= 1, not {devices!r}")
     fabric = Fabric(accelerator=device, devices=devices, strategy=DDPStrategy(start_method="fork"))
-    port = os.environ.pop("MASTER_PORT", None)
+    port, log = os.environ.pop("MASTER_PORT", None), logging.getLogger("lightning.fabric")
+    level = log.level
+    log.setLevel(logging.WARNING)      # or each process says hello in the notebook
     try:
         with tempfile.TemporaryDirectory() as folder, _passing_on() as came:
             fabric.launch(_one_of, function, Path(folder)/"answer")
@@ -283,6 +286,7 @@ def launch(function, devices, device="auto"):
         if came: raise KeyboardInterrupt(f"stopped by {signal.Signals(came[0]).name}") from error
         raise RuntimeError(f"one of {devices} processes failed, the others were ended: {error}") from error
     finally:
+        log.setLevel(level)
         os.environ.pop("MASTER_PORT", None)
         if port is not None: os.environ["MASTER_PORT"] = port
     if stopped is not None: raise KeyboardInterrupt(stopped)

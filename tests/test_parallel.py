@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from shipnb import runs
 from shipnb.catalog import read_airbus
 from shipnb.checkpoints import list_checkpoints, read_checkpoint
 from shipnb.fleet import make_fleet
@@ -31,7 +33,7 @@ from shipnb.parallel import Shard, by_first, deal, gather, in_order, launch, pro
 from shipnb.sampler import BalancedSampler, ShipStratifiedSampler
 from shipnb.tasks import channels_task, crop_task, segmentation_task, softmax_task
 from shipnb.thresholds import collect_evidence
-from shipnb.training import Learner, Recipe, make_learner, make_loaders, quick_model, split_by, train_model
+from shipnb.training import Learner, Recipe, make_learner, make_loaders, quick_model, set_seeds, split_by, train_model
 
 WORLDS = (1, 2, 4)
 
@@ -173,7 +175,7 @@ def test_batch_dice_is_that_of_each_process_s_part():
     finally: task, model, images = CASES.pop("batch_dice")()
     parts = [{k: v[:10][rank::4] for k, v in images.items()} for rank in range(4)]
     expected = sum(float(task.loss(model, o)["batch_dice"]) * len(o["index"]) / 10 for o in parts)
-    assert abs(together[1]["batch_dice"] - expected) < 1e-6 and abs(alone[1]["batch_dice"] - expected) > 1e-3
+    assert abs(together[1]["batch_dice"] - expected) < 1e-6 and abs(alone[1]["batch_dice"] - expected) > 1e-4
 
 
 def test_parameters_without_a_gradient():
@@ -207,7 +209,7 @@ def test_scores_are_bit_equal(fleet):
         return gather((score(one, valid), len(valid)))
     found = [o for world in WORLDS for o in on(scores, world)]
     assert len(found) == 7 and all(o == found[0] for o in found) and found[0][1] >= 3
-    assert 0.02 < np.frombuffer(found[0][0]["dice"])[0] < 0.98, "a model that finds something, and not all"
+    assert 0.001 < np.frombuffer(found[0][0]["dice_with"])[0] < 0.98, "a model that finds something, and not all"
 
 
 def test_evidence_is_bit_equal(fleet, tmp_path):
@@ -307,7 +309,7 @@ def loaders():
 
 def learner(folder=None, accumulate=1, sched="onecycle", ema=0.0, once=None, opt="adam", **options):
     """Some 20,000 weights with dropout, so that their order in a sum matters and the processes' random numbers do."""
-    torch.manual_seed(0)
+    set_seeds(0)
     model = nn.Sequential(nn.Linear(2, 128), nn.Dropout(0.2), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1))
     steps = 0
     def loss(model, batch):
@@ -318,7 +320,7 @@ def learner(folder=None, accumulate=1, sched="onecycle", ema=0.0, once=None, opt
     task = types.SimpleNamespace(loss=loss, predict=lambda model, batch: model(batch["x"]), metric=Squares, counts=lambda batch: {})
     optimiser = build_optimizer(opt, model, 0.01)
     sched = build_schedule(sched, optimiser, 4 * -(-3 // accumulate), **({"warmup_steps": 2} if sched == "cosine" else {}))
-    return Learner(model, task, optimiser, sched, folder, accumulate=accumulate, device="cpu", key="k", monitor="score", progress=False, ema=ema, save_every=1, log_every=1, **options)
+    return Learner(model, task, optimiser, sched, folder, accumulate=accumulate, device="cpu", key="k", monitor="score", progress=False, ema=ema, save_every=int(folder is not None), log_every=1, **options)
 
 
 SETUPS = {"plain": {}, "average": dict(accumulate=2, sched="plateau", ema=0.7), "momentum": dict(sched="cosine", opt="sgd", clip=0.1)}
@@ -453,9 +455,9 @@ def test_an_error_of_the_first_is_one_of_all():
     assert on(broken, 2) == ["/nowhere/at/all"] * 2
 
 
-def torchrun(world, folder, *words, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), __file__, str(folder), *map(str, words)]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+def torchrun(world, *words, where=("--standalone",)):
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(world), *map(str, words)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process, seconds=150):
@@ -465,19 +467,22 @@ def finish(process, seconds=150):
 
 
 def test_torchrun_killed_and_stopped_and_run_again(tmp_path):
-    """SIGKILL of one process ends the job; SIGTERM to the job finishes the step and saves once; the end is that of a job that nobody disturbed."""
+    """SIGKILL of one process ends the job; SIGTERM to the job finishes the step and saves once. Continued on two machines (here: two torchruns), the end is that of a job that nobody disturbed."""
     whole = on(lambda: train(tmp_path/"whole"), 2)
-    code, text = finish(torchrun(2, tmp_path/"run", "kill", 5))
+    code, text = finish(torchrun(2, __file__, tmp_path/"run", "kill", 5))
     assert code and "Signal 9 (SIGKILL)" in text, text
     assert read_checkpoint(list_checkpoints(tmp_path/"run")[0])["steps"] == 4
-    job = torchrun(2, tmp_path/"run", "wait", 8)
+    job = torchrun(2, __file__, tmp_path/"run", "wait", 8)
     while not (tmp_path/"run"/"waiting").exists() and job.poll() is None: time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
     code, text = finish(job)
-    assert code and len(re.findall("snapshot saved in", text)) == 1, text
+    assert code and len(re.findall("^Stopped in .* snapshot saved", text, re.M)) == 1, text
     assert read_checkpoint(list_checkpoints(tmp_path/"run")[0])["steps"] == 8, text
-    code, text = finish(torchrun(2, tmp_path/"run", "end", 0))
-    assert code == 0, text
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [torchrun(1, __file__, tmp_path/"run", "end", 0, where=["--nnodes", "2", "--node-rank", str(k), "--master-addr", "127.0.0.1", "--master-port", str(port)]) for k in range(2)]
+    for code, text in map(finish, machines): assert code == 0, text
     assert on(lambda: train(tmp_path/"run"), 2) == whole
 
 
@@ -493,13 +498,24 @@ def test_train_model_on_two_devices(fleet, tmp_path):
     assert abs(alone.history[-1]["loss"] - one.history[-1]["loss"]) < 0.2 * alone.history[-1]["loss"], "batch norm differs, the training hardly"
 
 
+def test_the_command_line_in_two_processes(fleet, tmp_path):
+    """`shipnb train` under torchrun: a model folder, one writer; and the notebook's own parameters are refused."""
+    catalog, parts, recipe = fleet
+    words = [o for name, value in dict(data=catalog.root, epochs=1, size=32, crop=0, encoder=recipe.encoder, decoder="[8, 8, 8, 8, 8]", valid=0.4).items() for o in ("-p", f"{name}={value}")]
+    code, text = finish(torchrun(2, Path(sys.executable).parent/"shipnb", "train", *words, "--out", tmp_path/"run", where=["--standalone", "--no-python"]))
+    assert code == 0 and text.count("run/model: dice_with") == 1, text
+    state = read_checkpoint(list_checkpoints(tmp_path/"run")[0])
+    assert len(state["rng"]) == 2 and state["epoch"] == 1 and (tmp_path/"run"/"model"/"card.json").is_file()
+    assert runs.main(["train", "-p", "histograms=true", "--out", str(tmp_path/"no")]) == 2
+
+
 def test_from_a_notebook(tmp_path):
     """In a kernel, as JupyterLab has it, also after it has computed in threads of its own."""
     cells = ["import torch\nfrom torch import nn\nfrom shipnb.parallel import launch, processes, sum_step, total\ntorch.set_num_threads(2)\nfirst = (torch.randn(512, 512) @ torch.randn(512, 512)).sum()",
              "def job():\n    net = nn.Linear(3, 1)\n    nn.init.ones_(net.weight)\n    net(torch.ones(2, 3) * (processes()[0] + 1)).sum().backward()\n    sum_step(net, {'loss': torch.tensor(1.0)}, 0.5)\n    return net.weight.grad.tolist(), total([1])\nprint(launch(job, 2, 'cpu'))"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in cells])
     nbclient.NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert nb.cells[1].outputs[0]["text"].strip() == "([[6.0, 6.0, 6.0]], [2.0])"
+    assert len(nb.cells[1].outputs) == 1 and nb.cells[1].outputs[0]["text"].strip() == "([[6.0, 6.0, 6.0]], [2.0])"
 
 
 def main(folder, mode, at):

@@ -1146,7 +1146,7 @@ def sample_command(
     print(f"{images} images with labels are in {_portable(root)}")
 
 # %% ../nbs/40_runs.ipynb #eed19fe1
-RUN_ONLY = ("out", "keep_every", "train_scores", "board_images", "histograms")   # what the notebook does beside training
+RUN_ONLY = ("out", "keep_every", "train_scores", "board_images", "histograms", "examine")   # what the notebook does beside training
 
 
 @app.command("train")

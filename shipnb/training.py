@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECENT', 'QUICK', 'set_seeds', 'StopRequest', 'Learner', 'stalled', 'Recipe', 'split_by', 'make_loaders',
-           'evaluation_loader', 'make_learner', 'make_card', 'train_model', 'quick_model']
+           'evaluation_loader', 'make_learner', 'make_card', 'train_model', 'quick_model', 'diagnose', 'troubles']
 
 # %% ../nbs/20_training.ipynb #579d1ea7
 import json
@@ -28,6 +28,7 @@ from .augment import preset
 from .catalog import read_airbus
 from .checkpoints import list_checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .dataset import DecodedCache, SegmentationDataset, make_loader
+from .doctor import diagnose, troubles
 from .files import atomic_write, build_once, keep_freed_memory, resolve, sha256_file, sha256_text
 from .fleet import sample
 from .models import DECODER, build_unet, load_model, save_model
@@ -37,6 +38,9 @@ from .sampler import ShipStratifiedSampler
 from .splits import folds as make_folds
 from .splits import split as make_split
 from .tasks import segmentation_task
+
+_all_ = ["diagnose", "troubles"]   # made in shipnb.doctor, wanted here
+
 
 # %% ../nbs/20_training.ipynb #5b73d623
 def set_seeds(seed, deterministic=False):
@@ -169,7 +173,7 @@ def _pieces(batch, split):
     return [({name: value[a:b] for name, value in batch.items()}, (b - a) / n) for a, b in zip(edges, edges[1:]) if b > a]
 
 
-# %% ../nbs/20_training.ipynb #ba91dead
+# %% ../nbs/20_training.ipynb #f5060ff0
 class Learner(Learner):
     def _backward(self, group):
         """As before; of several processes this one's share of the gradients and of the means."""
@@ -431,8 +435,7 @@ class Learner(Learner):
     def _set_rng(self, saved):
         """Restore this process's generators; a checkpoint of several processes holds a list, by rank."""
         saved, (rank, world) = saved if isinstance(saved, list) else [saved], processes()
-        if len(saved) != world and self.first:
-            print(f"The checkpoint is of {len(saved)} process{'es' if len(saved) > 1 else ''} and goes on with {world}: same batches, but sums and random numbers differ, so not equal to the bit", file=sys.stderr)
+        self.came_from = len(saved) if len(saved) != world else 0
         if rank < len(saved): set_rng_state(saved[rank])
 
     def _cut_log(self):
@@ -443,11 +446,16 @@ class Learner(Learner):
         atomic_write(file, "".join(line for line in rows if json.loads(line)["step"] <= self.steps))
 
 
-# %% ../nbs/20_training.ipynb #edb33601
+# %% ../nbs/20_training.ipynb #d8e3eabb
 class Learner(Learner):
+    came_from = 0     # processes of the checkpoint that was resumed, when they were more or fewer
+
     def _train_epoch(self, loader):
         """As before. ValueError when the loader gives every process the same images."""
         if self.many: check_shard(loader.batch_sampler)
+        if self.came_from and self.first:
+            print(f"Processes: {self.came_from} before, {processes()[1]} from here on; the batches stay, sums and random numbers differ, so the end is not equal to the bit", file=sys.stderr)
+        self.came_from = 0
         super()._train_epoch(loader)
 
     def _backward(self, group):
@@ -463,7 +471,7 @@ class Learner(Learner):
 
     def _stopping(self, stop): return total([stop.signal])[0] if self.many else super()._stopping(stop)
 
-# %% ../nbs/20_training.ipynb #7a17e350
+# %% ../nbs/20_training.ipynb #5b816919
 class Learner(Learner):
     @torch.inference_mode()
     def evaluate(self, loader):
@@ -482,7 +490,7 @@ class Learner(Learner):
         metric.update(self.task.predict(model, batch), batch)
         return metric, loss, len(batch["index"])
 
-# %% ../nbs/20_training.ipynb #bf55f6d3
+# %% ../nbs/20_training.ipynb #269b7de8
 class Learner(Learner):
     def state(self):
         """As before; with the generators of all processes, by rank, when there are several. All must ask."""

@@ -130,7 +130,8 @@ def test_scores_of_a_set_equal_the_metrics_module():
             assert table.dice.tolist() == [dice(p, t) for p, (_, t) in zip(kept, images)]
             assert table.iou.tolist() == [iou(p, t) for p, (_, t) in zip(kept, images)]
             assert table.f2.tolist() == [object_f2(p, t) for p, (_, t) in zip(kept, images)]
-    assert whole.baseline == pytest.approx(segmentation_scores([t * 0 for _, t in images], [t for _, t in images]))
+    nothing = segmentation_scores([t * 0 for _, t in images], [t for _, t in images])
+    assert {key: whole.baseline[key] for key in SCORES} == pytest.approx({key: nothing[key] for key in SCORES})
 
 
 def test_pixel_curve_equals_brute_force_and_the_surface():
@@ -356,7 +357,7 @@ def test_operating_point_round_trip(point):
 
 
 @pytest.mark.parametrize("values, words", [(dict(logit=.01), "no bin edge"), (dict(min_area=3), "no logit"), (dict(logit=0., min_area=1.5), "whole number"),
-                                           (dict(logit=0., gate=.5), "unknown"), (dict(logit=0., threshold=.6), "is not that of logit"), (dict(logit=17.), "no bin edge")])
+                                           (dict(logit=0., door=.5), "unknown"), (dict(logit=0., gate=.01), "no bin edge"), (dict(logit=0., gate_slope=1.), "floor"), (dict(logit=0., total_area=-1), "whole number"), (dict(logit=0., threshold=.6), "is not that of logit"), (dict(logit=17.), "no bin edge")])
 def test_operating_point_refuses(values, words):
     with pytest.raises(ValueError, match=words): OperatingPoint.from_dict(values)
 

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from .dataset import shrink, to_input
 from .files import atomic_path, write_json
 from .masks import decode_labels, label_instances, render_mask, rle_coverage
-from .metrics import IOU_THRESHOLDS, empty_baseline, f2_from_counts, ratio
+from .metrics import IOU_THRESHOLDS, f2_from_counts, ratio
 from .models import load_card
 
 # %% ../nbs/30_thresholds.ipynb #f8efdd89
@@ -391,7 +391,8 @@ class Evidence(Evidence):
 
     def subset(self, which):
         """Return the Evidence of some images: boolean (images,) or integer indices."""
-        return self._with(self.records[i] for i in np.arange(len(self))[np.asarray(which)])
+        which = np.asarray(which)
+        return self._with(self.records[i] for i in np.arange(len(self))[which if which.size else slice(0)])
 
     def merge(self, *others):
         """Return the Evidence of all, one after the other; ValueError when grid, floor, data, model, class or gate differ, or an image comes twice."""
@@ -1048,19 +1049,23 @@ class OperatingPoint:
     prices: tuple | None = None
     region: tuple | None = None
 
-# %% ../nbs/30_thresholds.ipynb #90705192
-class OperatingPoint(OperatingPoint):
-    def __post_init__(self):
-        edge_index(self.logit)
-        for key in ("min_area", "total_area"):
-            value = getattr(self, key)
-            if value != int(value) or value < 0: raise ValueError(f"{key} is a whole number of pixels, at least 0, not {value}")
-        if self.gate is not None: edge_index(self.gate)
-        if not math.isfinite(self.gate_slope): raise ValueError(f"gate_slope is {self.gate_slope}; it must be a number")
-        if self.gate_slope and self.floor is None: raise ValueError("a threshold that a gate moves needs the floor it stays above; give floor")
-        if self.floor is not None: edge_index(self.floor)
-        for key in ("grid", "interval", "plateau", "prices", "region"): object.__setattr__(self, key, getattr(self, key) and tuple(getattr(self, key)))
+    def __post_init__(self): _check_point(self)
 
+# %% ../nbs/30_thresholds.ipynb #90705192
+def _check_point(point):
+    """ValueError for an operating point that cannot be applied; lists (of JSON) become tuples."""
+    edge_index(point.logit)
+    for key in ("min_area", "total_area"):
+        value = getattr(point, key)
+        if value != int(value) or value < 0: raise ValueError(f"{key} is a whole number of pixels, at least 0, not {value}")
+    for key in ("gate", "floor"):
+        if getattr(point, key) is not None: edge_index(getattr(point, key))
+    if not math.isfinite(point.gate_slope): raise ValueError(f"gate_slope is {point.gate_slope}; it must be a number")
+    if point.gate_slope and point.floor is None: raise ValueError("a threshold that a gate moves needs the floor it stays above; give floor")
+    for key in ("grid", "interval", "plateau", "prices", "region"): object.__setattr__(point, key, getattr(point, key) and tuple(getattr(point, key)))
+
+
+class OperatingPoint(OperatingPoint):
     @property
     def needs_gate(self):
         """Whether an image's gate score is needed to apply it."""

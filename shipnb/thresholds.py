@@ -537,13 +537,25 @@ MEMBERS = ("header", "sizes", "object_areas", "object_counts", "background_count
 MAX_UNPACKED = 2**32   # bytes; 10,000 images at 256 x 256 take 0.6 GB
 
 
+def _read_member(archive, member):
+    """One array of an evidence file, uint8. It is as long as the member, whatever its header claims, and never a pickle."""
+    with archive.open(member) as f:
+        np.lib.format.read_magic(f)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(f)
+        if by_columns or dtype != np.uint8: raise ValueError(f"{member.filename} is {dtype}")
+        content = f.read()
+    if len(content) != math.prod(shape): raise ValueError(f"{member.filename} has {len(content)} bytes, not {shape}")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
 def _read_arrays(path):
     """The arrays of an evidence file. What a file claims to hold is looked at before it is unpacked."""
-    with zipfile.ZipFile(path) as archive: members = archive.infolist()
-    if sorted(o.filename for o in members) != sorted(f"{o}.npy" for o in MEMBERS): raise ValueError("its arrays are not those of evidence")
-    size = sum(o.file_size for o in members)
-    if size > MAX_UNPACKED: raise ValueError(f"it unpacks to {size} bytes, and at most {MAX_UNPACKED} are read")
-    with np.load(path, allow_pickle=False) as file: return {key: file[key] for key in file.files}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sorted(o.filename for o in members) != sorted(f"{o}.npy" for o in MEMBERS): raise ValueError("its arrays are not those of evidence")
+        size = sum(o.file_size for o in members)
+        if size > MAX_UNPACKED: raise ValueError(f"it unpacks to {size} bytes, and at most {MAX_UNPACKED} are read")
+        return {o.filename.removesuffix(".npy"): _read_member(archive, o) for o in members}
 
 # %% ../nbs/30_thresholds.ipynb #f409b374
 def read_evidence(path):
@@ -773,10 +785,9 @@ def surface_counts(record, min_areas, floor=DEFAULT_FLOOR):
 
 
 def change_areas(evidence):
-    """Return every minimum area at which a surface of this evidence changes, and one that keeps nothing: int64, increasing, from 0."""
-    seen = [np.unique(o.area) for o in evidence.records]
-    areas = np.unique(np.concatenate([[0], *seen]).astype(np.int64))
-    return np.append(areas[:1], np.append(areas[2:], areas[-1] + 1)) if len(areas) > 1 and areas[1] <= 1 else np.append(areas, areas[-1] + 1)
+    """Return every minimum area at which a surface of this evidence changes, with 0 and one that keeps nothing: int64, increasing."""
+    areas = np.unique(np.concatenate([[0], *(np.unique(o.area) for o in evidence.records)]).astype(np.int64))
+    return np.append(areas, areas[-1] + 1)
 
 # %% ../nbs/30_thresholds.ipynb #7c110c6a
 MEANS = ("dice", "iou", "precision", "recall", "f2") + IOU_NAMES

@@ -79,7 +79,7 @@ def test_the_surface_of_every_gate_is_each_gates_surface_bit_for_bit(slope, tota
         alone = surface(GATED, (0, 5, 20), gate=gate, gate_slope=slope, total_area=total_area)
         assert one.rule == alone.rule and all(np.array_equal(one.sums[key], alone.sums[key]) for key in alone.sums)
         assert skipped == (GATES < gate).mean()
-    assert (np.diff(found.skipped) > 0).all() and found.score("dice").shape == (len(found.gates), len(found.surfaces[0].logits), 3)
+    assert (np.diff(found.skipped) >= 0).all() and found.score("dice").shape == (len(found.gates), len(found.surfaces[0].logits), 3)
     some = gate_surface(GATED, [0.0, 1.25], "every")
     assert np.array_equal(some.surfaces[1].dice, surface(GATED, "every", gate=1.25).dice) and isinstance(some, GateSurface)
 
@@ -169,7 +169,7 @@ def pair(tmp_path_factory):
     return model, catalog, collect_evidence(model, catalog, (16, 20)).with_gates(scores, "std"), gate
 
 
-@pytest.mark.parametrize("rule", [dict(total_area=250), dict(gate="median"), dict(gate_slope=0.8), dict(gate="median", gate_slope=-0.6, total_area=300)], ids=str)
+@pytest.mark.parametrize("rule", [dict(total_area=560), dict(gate="median"), dict(gate_slope=0.8), dict(gate="median", gate_slope=-0.6, total_area=620)], ids=str)
 def test_prediction_applies_exactly_what_was_chosen(pair, tmp_path, rule):
     model, catalog, found, gate = pair
     if rule.get("gate"): rule = rule | dict(gate=float(np.floor(np.median(found.gates) * 64) / 64))

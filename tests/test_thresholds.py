@@ -535,7 +535,7 @@ def test_iou_of_exactly_one_half_is_no_hit():
     evidence.add("a", logits, truth)
     assert image_scores(evidence, 2, 0).found.item() == 1 and image_scores(evidence, 2, 0).hits.item() == 2   # IoU 3/5: 0.50, 0.55
     whole = surface(evidence, [0, 2, 3], per_iou=True)
-    assert whole.at(2, 0, ["f2_50", "f2_60"]) == pytest.approx({"f2_50": 5 / (5 + 4 + 3), "f2_60": 0}) and whole.at(2, 3, ["object_precision"]) == {"object_precision": 1}
+    assert whole.at(2, 0, ["f2_50", "f2_60"]) == pytest.approx({"f2_50": 5 / (5 + 4 + 2), "f2_60": 0}) and whole.at(2, 3, ["object_precision"]) == {"object_precision": 1}
 
 
 def test_scores_with_and_without_ships_and_over_the_set():

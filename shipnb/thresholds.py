@@ -1211,16 +1211,22 @@ def choose(surface, objective="dice", max_false_alarm=None, draws=2000, seed=0, 
     return _point(surface, (low + high) // 2, j, found, dict(max_false_alarm=max_false_alarm, min_precision=min_precision, prices=prices))
 
 # %% ../nbs/30_thresholds.ipynb #291681a4
+def _gate_facts(evidence, rule):
+    """What an `OperatingPoint` says about the gate of a surface's rule: empty without one."""
+    if rule["gate"] is None and not rule["gate_slope"]: return {}
+    skipped = None if rule["gate"] is None else float((evidence.gates < rule["gate"]).mean())
+    return dict(gate_model=evidence.gate_model, skipped=skipped, floor=evidence.floor if rule["gate_slope"] else None)
+
+
 def _point(surface, k, j, found, bounds):
     """The `OperatingPoint` of one cell of a surface."""
-    evidence, objective, prices, rule = surface.evidence, found["objective"], bounds["prices"], surface.rule
+    evidence, objective, prices = surface.evidence, found["objective"], bounds["prices"]
     nothing = score_value(objective, dict.fromkeys(SUMS, np.int64(0)), surface.totals, prices)
-    gates = dict(gate_model=evidence.gate_model, skipped=float((evidence.gates < rule["gate"]).mean()) if rule["gate"] is not None else None) if rule["gate"] is not None or rule["gate_slope"] else {}
     return OperatingPoint(
         logit=float(surface.logits[k]), min_area=int(surface.min_areas[j]), grid=evidence.grid, score=float(surface.score(objective, prices)[k, j]),
         interval=interval(point_draws(surface, objective, k, j, found["draws"], found["seed"], prices)), baseline=float(nothing),
         false_alarm=float(surface.false_alarm[k, j]), n=len(evidence), n_with=int((evidence.counts > 0).sum()), unit=evidence.unit, data=evidence.data,
-        model=evidence.model, label=evidence.label, floor=evidence.floor if rule["gate_slope"] else None, **rule, **gates, **found, **bounds)
+        model=evidence.model, label=evidence.label, **surface.rule, **_gate_facts(evidence, surface.rule), **found, **bounds)
 
 # %% ../nbs/30_thresholds.ipynb #bec0cf8f
 @dataclasses.dataclass(frozen=True)
@@ -1255,21 +1261,21 @@ def _group_terms(part, whole, parts, wholes):
     return np.divide(part - value * whole, wholes, out=np.zeros(np.shape(parts)), where=np.broadcast_to(wholes, np.shape(parts)) > 0)
 
 
-def noise_region(surface, objective="dice", max_false_alarm=None, min_precision=None, prices=None, z=1.96):
-    """Return the `NoiseRegion` of a surface: the allowed settings whose difference to the best allowed one is at most `z` standard errors.
+def noise_region(whole, objective="dice", max_false_alarm=None, min_precision=None, prices=None, z=1.96):
+    """Return the `NoiseRegion` of a `Surface`: the allowed settings whose difference to the best allowed one is at most `z` standard errors.
 
-    Parameters and errors as `choose`. Cost: about a millisecond an image and dozen of minimum areas; give a surface of a few dozen at most.
+    Parameters and errors as `choose`. Every group gets a surface of its own, so give one of a few dozen minimum areas at most.
     """
-    gains, allowed = _gains(surface, objective, prices), _allowed(surface, objective, max_false_alarm, min_precision)
-    evidence, cell = surface.evidence, np.unravel_index(np.where(allowed, gains, -np.inf).argmax(), gains.shape)
-    sums = score_parts(objective, surface.sums, surface.totals, prices)
-    names, totals, squares = evidence.groups, set_totals(evidence), np.zeros(gains.shape)
-    for name in np.unique(names.astype(str)):
-        group = globals()["surface"](evidence.subset(names == name), surface.min_areas, **surface.rule)
+    gains, allowed = _gains(whole, objective, prices), _allowed(whole, objective, max_false_alarm, min_precision)
+    evidence, cell = whole.evidence, np.unravel_index(np.where(allowed, gains, -np.inf).argmax(), gains.shape)
+    sums, names = score_parts(objective, whole.sums, whole.totals, prices), evidence.groups.astype(str)
+    totals, squares = set_totals(evidence), np.zeros(gains.shape)
+    for name in np.unique(names):
+        group = surface(evidence.subset(names == name), whole.min_areas, **whole.rule)
         terms = _group_terms(*score_parts(objective, group.sums, {key: value[names == name].sum() for key, value in totals.items()}, prices), *sums)
         squares += (terms - terms[cell]) ** 2
     below, error = gains[cell] - gains, np.sqrt(squares)
-    return NoiseRegion(surface.logits, surface.min_areas, allowed & (below <= z * error), below, error, tuple(int(o) for o in cell))
+    return NoiseRegion(whole.logits, whole.min_areas, allowed & (below <= z * error), below, error, tuple(int(o) for o in cell))
 
 # %% ../nbs/30_thresholds.ipynb #0f1c7f51
 def score_intervals(evidence, logit, min_area=0, draws=2000, seed=0, scores=("dice", "dice_with", "dice_without", "f2", "iou")):

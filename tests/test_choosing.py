@@ -169,7 +169,7 @@ def pair(tmp_path_factory):
     return model, catalog, collect_evidence(model, catalog, (16, 20)).with_gates(scores, "std"), gate
 
 
-@pytest.mark.parametrize("rule", [dict(total_area=560), dict(gate="median"), dict(gate_slope=0.8), dict(gate="median", gate_slope=-0.6, total_area=620)], ids=str)
+@pytest.mark.parametrize("rule", [dict(total_area=560), dict(gate="median"), dict(gate_slope=0.8), dict(gate="median", gate_slope=-0.6, total_area=300)], ids=str)
 def test_prediction_applies_exactly_what_was_chosen(pair, tmp_path, rule):
     model, catalog, found, gate = pair
     if rule.get("gate"): rule = rule | dict(gate=float(np.floor(np.median(found.gates) * 64) / 64))

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STEP', 'LOWEST', 'HIGHEST', 'EDGES', 'DEFAULT_FLOOR', 'SAME_PASS', 'FORMAT', 'VERSION', 'REMEDY', 'UNREADABLE',
-           'MEMBERS', 'MAX_UNPACKED', 'NODE_COLUMNS', 'UNIT', 'IOU_NAMES', 'SUMS', 'MEANS', 'POOLED', 'SCORE_NAMES',
-           'SCORES', 'OBJECTIVES', 'TICKS', 'SHIP_COUNTS', 'sigmoid', 'edge_index', 'nearest_edge', 'bin_levels',
-           'keep', 'ImageEvidence', 'component_tree', 'image_evidence', 'alive', 'Evidence', 'write_evidence',
-           'read_evidence', 'pixel_curve', 'surface_sums', 'surface_counts', 'change_areas', 'set_totals',
-           'score_parts', 'score_value', 'Surface', 'gate_shifts', 'surface', 'image_scores', 'bootstrap_ratio',
-           'bootstrap_means', 'interval', 'OperatingPoint', 'point_scores', 'image_parts', 'point_draws', 'choose',
-           'NoiseRegion', 'noise_region', 'score_intervals', 'full_float32', 'image_logits', 'true_labels',
-           'collect_evidence', 'save_point', 'load_point', 'log_odds_axis', 'mark_edges', 'plot_curves',
+           'MEMBERS', 'MAX_UNPACKED', 'BLOCK', 'NODE_COLUMNS', 'UNIT', 'IOU_NAMES', 'SUMS', 'MEANS', 'POOLED',
+           'SCORE_NAMES', 'SCORES', 'OBJECTIVES', 'TICKS', 'SHIP_COUNTS', 'sigmoid', 'edge_index', 'nearest_edge',
+           'bin_levels', 'keep', 'ImageEvidence', 'component_tree', 'image_evidence', 'alive', 'Evidence',
+           'write_evidence', 'read_evidence', 'pixel_curve', 'surface_sums', 'surface_counts', 'change_areas',
+           'set_totals', 'score_parts', 'score_value', 'Surface', 'gate_shifts', 'surface', 'image_scores',
+           'bootstrap_ratio', 'bootstrap_means', 'interval', 'OperatingPoint', 'point_scores', 'image_parts',
+           'point_draws', 'choose', 'NoiseRegion', 'noise_region', 'score_intervals', 'full_float32', 'image_logits',
+           'true_labels', 'collect_evidence', 'save_point', 'load_point', 'log_odds_axis', 'mark_edges', 'plot_curves',
            'plot_trade_off', 'plot_region', 'pick_images', 'plot_panels']
 
 # %% ../nbs/30_thresholds.ipynb #358a02ea
@@ -581,7 +581,13 @@ def _check_header(header):
     if grid is not None and not (len(grid) == 2 and all(type(o) is int and o > 0 for o in grid)): raise ValueError(f"its grid is {grid}")
 
 # %% ../nbs/30_thresholds.ipynb #6f17751d
+BLOCK = 256   # images whose bytes are let go together, for the memory
 NODE_COLUMNS = ("back", "gap", "own", "own_overlap", "match", "apart")
+
+
+def _in_blocks(planes, ends):
+    """Copies of the parts of an array that end at `ends` and at its end, the last part first."""
+    return [o.copy() for o in np.split(planes, ends, axis=1)][::-1]
 
 
 def _records(header, arrays):
@@ -591,8 +597,10 @@ def _records(header, arrays):
     which = dict.fromkeys(NODE_COLUMNS, 1) | dict(object_areas=0, object_counts=2, background_counts=2)
     if any(arrays[key].ndim != 2 or arrays[key].shape[1] != lengths[-1:, c].sum() for key, c in which.items()): raise ValueError("its arrays differ in length")
     starts = np.vstack([np.zeros(3, np.int64), lengths[:-1]])
+    blocks = {key: _in_blocks(arrays.pop(key), lengths[BLOCK - 1::BLOCK, c]) for key, c in which.items()}
     for i, (image, group, gate) in enumerate(zip(header["images"], header["groups"], header["gates"], strict=True)):
-        mine = {key: _unpack(arrays[key][:, starts[i, c]:lengths[i, c]]) for key, c in which.items()}
+        if i % BLOCK == 0: planes, before = {key: blocks[key].pop() for key in which}, starts[i]
+        mine = {key: _unpack(planes[key][:, starts[i, c] - before[c]:lengths[i, c] - before[c]]) for key, c in which.items()}
         nodes = _nodes_from_columns(*(mine.pop(key) for key in NODE_COLUMNS), root)
         record = ImageEvidence(image, group, int(sizes[i, 0]), int(sizes[i, 1]), **mine, **nodes, gate=gate)
         _check_record(record, root)

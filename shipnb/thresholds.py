@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STEP', 'LOWEST', 'HIGHEST', 'EDGES', 'DEFAULT_FLOOR', 'SAME_PASS', 'FORMAT', 'VERSION', 'REMEDY', 'UNREADABLE',
            'MEMBERS', 'MAX_UNPACKED', 'BLOCK', 'NODE_COLUMNS', 'UNIT', 'IOU_NAMES', 'SUMS', 'MEANS', 'POOLED',
-           'SCORE_NAMES', 'SCORES', 'OBJECTIVES', 'TICKS', 'SHIP_COUNTS', 'sigmoid', 'edge_index', 'nearest_edge',
-           'bin_levels', 'keep', 'ImageEvidence', 'component_tree', 'image_evidence', 'alive', 'Evidence',
-           'write_evidence', 'read_evidence', 'pixel_curve', 'surface_sums', 'surface_counts', 'change_areas',
-           'set_totals', 'score_parts', 'score_value', 'Surface', 'gate_shifts', 'surface', 'image_scores',
-           'bootstrap_ratio', 'bootstrap_means', 'interval', 'OperatingPoint', 'point_scores', 'image_parts',
-           'point_draws', 'choose', 'NoiseRegion', 'noise_region', 'score_intervals', 'full_float32', 'image_logits',
-           'true_labels', 'collect_evidence', 'save_point', 'load_point', 'log_odds_axis', 'mark_edges', 'plot_curves',
-           'plot_trade_off', 'plot_region', 'pick_images', 'plot_panels']
+           'SCORE_NAMES', 'SCORES', 'OBJECTIVES', 'ALL_OBJECTIVES', 'TICKS', 'SHIP_COUNTS', 'sigmoid', 'edge_index',
+           'nearest_edge', 'bin_levels', 'keep', 'ImageEvidence', 'component_tree', 'image_evidence', 'alive',
+           'Evidence', 'write_evidence', 'read_evidence', 'pixel_curve', 'surface_sums', 'surface_counts',
+           'change_areas', 'set_totals', 'score_parts', 'score_value', 'Surface', 'gate_shifts', 'surface',
+           'image_scores', 'bootstrap_ratio', 'bootstrap_means', 'interval', 'OperatingPoint', 'point_scores',
+           'image_parts', 'point_draws', 'choose', 'NoiseRegion', 'noise_region', 'score_intervals', 'full_float32',
+           'image_logits', 'true_labels', 'collect_evidence', 'save_point', 'load_point', 'log_odds_axis', 'mark_edges',
+           'plot_curves', 'plot_trade_off', 'plot_region', 'pick_images', 'plot_panels']
 
 # %% ../nbs/30_thresholds.ipynb #358a02ea
 import contextlib
@@ -1141,7 +1141,8 @@ class OperatingPoint(OperatingPoint):
         return point
 
 # %% ../nbs/30_thresholds.ipynb #642841e9
-OBJECTIVES = (*(o for o in SCORE_NAMES if o != "false_alarm" and not o.startswith(IOU_NAMES)), "cost")
+OBJECTIVES = ("dice", "dice_with", "dice_without", "f2", "iou")   # the usual ones
+ALL_OBJECTIVES = (*(o for o in SCORE_NAMES if o != "false_alarm" and not o.startswith(IOU_NAMES)), "cost")
 
 
 def image_parts(table, name, prices=None):
@@ -1177,7 +1178,7 @@ def _plateau(good, k):
 # %% ../nbs/30_thresholds.ipynb #110ecd6d
 def _gains(surface, objective, prices):
     """The objective, so that more is better: float64 (edges, sizes); ValueError for another name, or when no image counts."""
-    if objective not in OBJECTIVES: raise ValueError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    if objective not in ALL_OBJECTIVES: raise ValueError(f"objective {objective!r} is none of {', '.join(ALL_OBJECTIVES)}")
     scores = surface.score(objective, prices)
     if np.isnan(scores).all(): raise ValueError(f"no image counts for the objective {objective}: {surface.evidence}")
     return -scores if objective == "cost" else scores
@@ -1195,7 +1196,7 @@ def choose(surface, objective="dice", max_false_alarm=None, draws=2000, seed=0, 
     Parameters
     ----------
     surface : `Surface`.
-    objective : the score that is maximised, one of OBJECTIVES; "cost" is minimised.
+    objective : the score that is maximised, one of ALL_OBJECTIVES; "cost" is minimised.
     max_false_alarm : largest share of images without a ship that may get one, 0 to 1; None for no bound.
     draws, seed : of the bootstrap over groups.
     min_precision : with a recall as the objective: the least precision of the same kind (object_recall: object_precision).

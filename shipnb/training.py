@@ -655,7 +655,8 @@ def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto",
     return learner
 
 # %% ../nbs/20_training.ipynb #f731084f
-QUICK = Recipe(epochs=12, crop=128)
+QUICK = Recipe(encoder="tu-resnet10t", decoder=[128, 64, 32, 16, 16], loss={"bce": 20.0, "dice_with": 1.0}, epochs=18, crop=128, crop_on_ship=0.5,
+               preset="color_jitter", ema=0.99)   # the network of the demo
 
 
 def quick_model(data=""):

@@ -202,6 +202,21 @@ def test_calls_alternate_and_ratios_are_taken_pair_by_pair():
     assert plain["compare"](made, 10, ways=(1, 2))["ratio"] == 4.5
 
 
+def test_the_loop_over_thresholds_and_sizes_gives_the_surface():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((3, 32, 32), np.int32)
+    labels[0, 4:9, 3:20], labels[1, 20:24, 8:12] = 1, 1
+    logits = np.stack([plain["glow"](o, rng) if "glow" in plain else 8.0 * (o > 0) - 4 + rng.normal(0, 2, o.shape) for o in labels]).astype(np.float32)
+    whole = thresholds.surface(plain["make_evidence"](logits, labels, -8.0), "every")
+    edges, sizes = np.float32([-7, -2.5, 0, 3]), [0, 1, 3, 10, 5000]
+    for once in (False, True):
+        scores = plain["loop_scores"](logits, labels, edges, sizes, once)
+        for i, edge in enumerate(edges):
+            for j, size in enumerate(sizes):
+                cell = np.searchsorted(whole.logits, edge), min(np.searchsorted(whole.min_areas, size), len(whole.min_areas) - 1)
+                assert scores[i, j] == pytest.approx([whole.dice[cell], whole.f2[cell]], abs=1e-12)
+
+
 def test_workers_answer_every_question(catalog, cache):
     """Two processes, both ways, every question of the notebook."""
     seconds, first = plain["compare_training"](str(catalog.root.parent), str(cache.folder), (32, 32), 2, 3, 0, "cpu", repetitions=1, questions=("next", "evaluate", "epoch"))

@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 
 from .explore import CSS, _counted, _read, is_live, placeholder
 from .files import atomic_path
-from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, Evidence, _check_maps, _digest, _parent_levels, alive, bin_levels,
-                               edge_index, image_logits, image_scores, keep, log_odds_axis, sigmoid, surface, true_labels)
+from .metrics import f2_from_counts, ratio
+from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, Evidence, _check_maps, _digest, _node_values, _parent_levels,
+                               alive, bin_levels, edge_index, image_logits, keep, log_odds_axis, sigmoid, surface, true_labels)
 
 # %% ../nbs/30d_explorer.ipynb #875aa58e
 class Levels:
@@ -145,8 +146,10 @@ def match_labels(kept, true):
     -------
     int64 (components + 1,): the true object with IoU > 1/2, 0 for none; entry 0 is the background's.
     """
-    both, area, true_area = (kept > 0) & (true > 0), np.bincount(kept.ravel()), np.bincount(true.ravel())
-    pairs, shared = np.unique(kept[both].astype(np.int64) * len(true_area) + true[both], return_counts=True)
+    true_area, inside = np.bincount(true.ravel()), np.flatnonzero(kept)
+    component, number = kept.ravel()[inside].astype(np.int64), true.ravel()[inside]
+    area, both = np.bincount(component, minlength=1), number > 0
+    pairs, shared = np.unique(component[both] * len(true_area) + number[both], return_counts=True)
     component, number = np.divmod(pairs, len(true_area))
     hit, found = 3 * shared > area[component] + true_area[number], np.zeros(len(area), np.int64)
     found[component[hit]] = number[hit]
@@ -170,7 +173,8 @@ class Case:
     logits: np.ndarray | None = None
     problem: str = ""
 
-    def __post_init__(self): self.boxes, self.seen = ndimage.find_objects(self.true), (None, None)
+    def __post_init__(self):
+        self.boxes, self.values, self.seen = ndimage.find_objects(self.true), _node_values(self.record), (None, None)
 
 # %% ../nbs/30d_explorer.ipynb #4862ac35
 def _same_map(record, logits, true, lowest):
@@ -188,7 +192,8 @@ def open_case(evidence, catalog, levels, i, row):
     """
     record = evidence.records[i]
     true = true_labels(catalog.rles(row), catalog.shape(row), (record.height, record.width))
-    true = np.unique(np.append(0, true), return_inverse=True)[1][1:].astype(np.int32).reshape(true.shape)
+    there = np.append(False, np.bincount(true.ravel())[1:] > 0)
+    true = (there.cumsum() * there).astype(np.int32)[true]   # objects without a pixel have no number, as in `image_evidence`
     if not np.array_equal(np.bincount(true.ravel())[1:], record.object_areas):
         raise ValueError(f"image {record.image}: its objects in this Catalog are not those of the evidence; give the Catalog that the evidence was made with")
     logits = None if levels is None else levels[record.image]
@@ -201,7 +206,7 @@ def open_case(evidence, catalog, levels, i, row):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
     """What a setting makes of an image: `kept`, int32 labels (height, width), None without levels; the numbers of the `missed` true
-    objects and of the `false` components, int64 increasing; `scores`, dict of the image's row of `image_scores` and its found, missed, false."""
+    objects and of the `false` components, int64 increasing; `scores`, dict of dice, iou, f2, count, n_pred, found, missed, false."""
 
     kept: np.ndarray | None
     missed: np.ndarray
@@ -209,13 +214,20 @@ class Outcome:
     scores: dict
 
 
+def _one_image(record, kept):
+    """The scores of one image, as `image_scores`, from the values of its kept nodes (see `_node_values`)."""
+    overlap, area, n_pred, hits = kept.sum(axis=0).tolist()
+    n_true, total = len(record.object_areas), area + int(record.object_areas.sum())
+    return dict(dice=float(ratio(2 * overlap, total)), iou=float(ratio(overlap, total - overlap)), f2=float(f2_from_counts(n_pred, n_true, hits)),
+                count=n_true, n_pred=n_pred, found=int((kept[:, 3] > 0).sum()))
+
+
 def outcome(case, logit, min_area, floor=DEFAULT_FLOOR):
     """Return the `Outcome` of a `Case` at one setting. The numbers come from the record, and only the places from the levels."""
     record = case.record
     nodes = alive(record, logit, floor) & (record.area >= min_area)
     missed = np.setdiff1d(np.arange(len(record.object_areas)), record.match[nodes]) + 1
-    scores = image_scores(Evidence(None, floor, records=[record]), logit, min_area).iloc[0].to_dict()
-    scores |= dict(found=len(record.object_areas) - len(missed), missed=len(missed), false=int((record.match[nodes] < 0).sum()))
+    scores = _one_image(record, case.values[nodes]) | dict(missed=len(missed), false=int((record.match[nodes] < 0).sum()))
     if case.logits is None: return Outcome(None, missed, np.zeros(0, np.int64), scores)
     kept = keep(case.logits, logit, min_area)
     return Outcome(kept, missed, np.flatnonzero(match_labels(kept, case.true)[1:] == 0) + 1, scores)
@@ -282,8 +294,8 @@ def _corners(box, view):
 def _mark(img, box, view, kind, strong):
     """Draw a square around a miss, or a circle around a false alarm, into a picture; a strong one for the object in question."""
     x0, y0, x1, y1 = _corners(box, view)
-    thickness, gap = (3, 9) if strong else (1, 6)
-    if kind == "missed": return cv2.rectangle(img, (x0 - gap, y0 - gap), (x1 + gap, y1 + gap), MISSED, thickness, cv2.LINE_AA)
+    thickness, gap = (4, 9) if strong else (2, 6)
+    if kind == "missed": return cv2.rectangle(img, (x0 - gap, y0 - gap), (x1 + gap, y1 + gap), MISSED, thickness)
     radius = round(math.hypot(x1 - x0, y1 - y0) / 2) + gap - 2
     cv2.circle(img, ((x0 + x1) // 2, (y0 + y1) // 2), radius, FALSE, thickness, cv2.LINE_AA)
 
@@ -328,7 +340,8 @@ def draw_surface(ax, logits, min_areas, values, name):
     log_odds_axis(ax)
     ax.set_yticks(range(len(min_areas)), min_areas, fontsize=7)
     ax.tick_params(axis="x", labelsize=7)
-    ax.set(ylabel="smallest area, px", title=name)
+    changing = np.flatnonzero((values != values[-1]).any(axis=1))   # above, nothing is kept any more
+    ax.set(ylabel="smallest area, px", title=name, xlim=(logits[0], logits[min(max([*changing, 0]) + 32, len(logits) - 1)]))
     return image
 
 # %% ../nbs/30d_explorer.ipynb #d0360b70
@@ -539,7 +552,7 @@ class ThresholdExplorer(ThresholdExplorer):
         """Show the setting, the image and the numbers."""
         walk = self.walk
         self.picture.value = encode(draw_case(walk.case, walk.shown, view_of(walk.case.true.shape, self.zoom.value, walk.centre), walk.focus))
-        self.setting.value = f"<b>{sigmoid(walk.logit):.4g}</b> &nbsp; log-odds {walk.logit:g}"
+        self.setting.value = f"<b>{sigmoid(walk.logit):.4g}</b> &nbsp; log-odds {walk.logit}"
         self.table.value = score_table(walk)
         self._move_dot()
 
@@ -577,7 +590,7 @@ class ThresholdExplorer(ThresholdExplorer):
         self._place_dot()
 
     def _place_dot(self):
-        self.dot.set_data([self.walk.logit], [self.walk.scores.min_areas.tolist().index(self.walk.min_area)])
+        self.dot.set_data([min(self.walk.logit, self.ax.get_xlim()[1])], [self.walk.scores.min_areas.tolist().index(self.walk.min_area)])
         self.ax.draw_artist(self.dot)
 
     def _move_dot(self):
@@ -669,7 +682,7 @@ class ThresholdExplorer(ThresholdExplorer):
 def static_view(walk, objective="dice"):
     """Draw what `ThresholdExplorer` begins with: image, surface and numbers. Returns the Figure."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 4.2), layout="constrained", gridspec_kw=dict(width_ratios=[4, 4, 3]))
-    left.imshow(draw_case(walk.case, walk.shown, view_of(walk.case.true.shape)))
+    left.imshow(draw_case(walk.case, walk.shown, view_of(walk.case.true.shape, side=400)))
     left.set_title(f"{walk.case.record.image}\nblue truth, yellow kept, square missed, circle false", fontsize=8)
     values, sizes = walk.scores.values[objective], walk.scores.min_areas.tolist()
     figure.colorbar(draw_surface(middle, walk.scores.logits, sizes, values, walk.scores.names[objective]), ax=middle)

@@ -499,6 +499,7 @@ def _live_canvas(figure):
     if matplotlib.get_backend() != before: matplotlib.use(before)
     canvas = Canvas(figure)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = canvas.toolbar_visible = False
+    canvas.syncing_data_url = False   # what is drawn before a browser is there would reach it as a broken image
     FigureManager(canvas, 0)
     return canvas
 
@@ -522,13 +523,13 @@ class ThresholdExplorer(ThresholdExplorer):
     def _make_setting(self):
         """The two sliders, and what is maximised."""
         import ipywidgets as w
-        lowest, wide = edge_index(self.walk.scores.logits[0]), dict(width="440px")
-        names = dict(description_width="84px")
+        lowest, wide = edge_index(self.walk.scores.logits[0]), dict(width="470px")
+        names = dict(description_width="92px")
         self.slider = w.IntSlider(value=edge_index(self.walk.logit), min=lowest, max=len(EDGES) - 1, description="threshold", readout=False, layout=wide, style=names)
-        self.area = w.SelectionSlider(options=[(f"{o} px", o) for o in self.walk.scores.min_areas.tolist()], value=self.walk.min_area, description="smallest area", layout=dict(width="360px"), style=names)
+        self.area = w.SelectionSlider(options=[(f"{o} px", o) for o in self.walk.scores.min_areas.tolist()], value=self.walk.min_area, description="smallest area", layout=dict(width="330px"), style=names)
         self.goal = w.Dropdown(options=[(name, o) for o, name in self.walk.scores.names.items()], value=self.objective, description="objective", style=names, layout=dict(width="250px"))
         self.best = w.Button(description="go to the best", tooltip="the best setting on these images, the star", layout=dict(width="120px"))
-        self.setting = w.HTML(layout=dict(width="250px"))
+        self.setting = w.HTML(layout=dict(width="230px"))
         self.setting.add_class("shipnb-setting")
         for slider in (self.slider, self.area): slider.observe(lambda _: self._slid(), "value")
         self.goal.observe(lambda change: self.aim(change["new"]), "value")
@@ -648,9 +649,9 @@ class ThresholdExplorer(ThresholdExplorer):
         jump = lambda kind, image: lambda: self.next(kind, image)
         self.back, self.forth = button("<", "previous image", "36px", step(-1)), button(">", "next image", "36px", step(1))
         self.jumps = {("missed", False): button("next miss", "the next true object that is missed", "110px", jump("missed", False)),
-                      ("missed", True): button("next image with a miss", "", "170px", jump("missed", True)),
-                      ("false", False): button("next false alarm", "the next kept component that is no object", "130px", jump("false", False)),
-                      ("false", True): button("next image with a false alarm", "", "210px", jump("false", True))}
+                      ("missed", True): button("next image with a miss", "", "190px", jump("missed", True)),
+                      ("false", False): button("next false alarm", "the next kept component that is no object", "150px", jump("false", False)),
+                      ("false", True): button("next image with a false alarm", "", "240px", jump("false", True))}
 
     def _button(self, button, act):
         button.on_click(lambda _: act())
@@ -667,7 +668,7 @@ class ThresholdExplorer(ThresholdExplorer):
         """Everything together."""
         import ipywidgets as w
         key, walk = w.HTML(_key()), self.walk
-        bars = [[self.slider, self.setting, self.area], [self.goal, self.best, self.zoom], [self.back, self.place, self.name, self.forth, *self.jumps.values()]]
+        bars = [[self.slider, self.setting, self.area], [self.back, self.place, self.name, self.forth, self.zoom, self.goal, self.best], [*self.jumps.values()]]
         bars = [w.HBox(o) for o in bars]
         photo, right = w.VBox([self.picture, key, self.said]), w.VBox([self.canvas, self.table])
         sides = w.HBox([photo, right])

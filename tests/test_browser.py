@@ -320,21 +320,20 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
         until(logit, low)
         hand = agrees()
         for kind, button in (("missed", "next image with a miss"), ("false", "next image with a false alarm")):
-            with_one = [i for i, o in enumerate(hand[f"{kind}_in"]) if o]
-            here = int(name()) - 1
-            wanted = next((i for i in with_one if i > here), with_one[0])
+            here, with_one = int(name()) - 1, [i for i, o in enumerate(hand[f"{kind}_in"]) if o]
+            wanted = ([i for i in with_one if i > here] or with_one)[0]
             tool.get_by_role("button", name=button).click()
             until(name, str(wanted + 1))
-            until(lambda: cell(dict(missed="missed", false="false alarms")[kind], 2), str(hand[f"{kind}_in"][wanted]))
+            until(lambda: [cell("missed", 2), cell("false alarms", 2)], [str(hand[o][wanted]) for o in ("missed_in", "false_in")])
         here = photo()[0]
-        tool.get_by_role("combobox").nth(1).select_option("4 times")
+        tool.get_by_role("combobox").first.select_option("4 times")
         until(photo, lambda o: o and o[0] != here and o[1:] == [640, 640])
         tool.get_by_role("button", name="next miss").click()
         until(lambda: int(cell("missed", 2)), lambda o: o > 0)
         look("zoomed")
 
         # another objective: its surface, its best setting
-        tool.get_by_role("combobox").first.select_option("object F2")
+        tool.get_by_role("combobox").nth(1).select_option("object F2")
         tool.get_by_role("button", name="go to the best").click()
         until(logit, lambda o: o != low)
         agrees()

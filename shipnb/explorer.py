@@ -232,8 +232,8 @@ def outcome(case, logit, min_area, floor=DEFAULT_FLOOR):
     kept = keep(case.logits, logit, min_area)
     return Outcome(kept, missed, np.flatnonzero(match_labels(kept, case.true)[1:] == 0) + 1, scores)
 
-# %% ../nbs/30d_explorer.ipynb #7898d1ba
-SIDE = 640   # pixels of the picture's longer side
+# %% ../nbs/30d_explorer.ipynb #bbe65452
+SIDE = 560   # pixels of the picture's longer side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,9 +453,9 @@ class Walk(Walk):
 
 # %% ../nbs/30d_explorer.ipynb #8ae884d6
 THRESHOLD_CSS = """<style>
-.shipnb-thresholds .shipnb-sides {align-items: flex-start; gap: 14px; overflow: visible;}
+.shipnb-thresholds .shipnb-sides {flex-flow: row wrap; align-items: flex-start; gap: 14px; overflow: visible;}
 .shipnb-thresholds .shipnb-photo img {max-width: none; margin: 0; image-rendering: auto;}
-.shipnb-thresholds .shipnb-photo {flex: none; overflow: hidden;}
+.shipnb-thresholds .shipnb-photo {flex: none; width: 560px; overflow: hidden;}
 .shipnb-thresholds .shipnb-key span {padding-right: 14px; white-space: nowrap;}
 .shipnb-thresholds .shipnb-key i {display: inline-block; width: 11px; height: 11px; margin-right: 5px; border: 2px solid; vertical-align: -1px;}
 .shipnb-thresholds table.shipnb-table td:not(:first-child), .shipnb-thresholds table.shipnb-table th {text-align: right; font-variant-numeric: tabular-nums;}
@@ -523,7 +523,7 @@ class ThresholdExplorer(ThresholdExplorer):
     def _make_setting(self):
         """The two sliders, and what is maximised."""
         import ipywidgets as w
-        lowest, wide = edge_index(self.walk.scores.logits[0]), dict(width="470px")
+        lowest, wide = edge_index(self.walk.scores.logits[0]), dict(width="390px")
         names = dict(description_width="92px")
         self.slider = w.IntSlider(value=edge_index(self.walk.logit), min=lowest, max=len(EDGES) - 1, description="threshold", readout=False, layout=wide, style=names)
         self.area = w.SelectionSlider(options=[(f"{o} px", o) for o in self.walk.scores.min_areas.tolist()], value=self.walk.min_area, description="smallest area", layout=dict(width="330px"), style=names)
@@ -561,7 +561,7 @@ class ThresholdExplorer(ThresholdExplorer):
 class ThresholdExplorer(ThresholdExplorer):
     def _make_surface(self):
         """The objective over threshold and smallest area, which can be clicked and dragged on."""
-        self.figure = Figure(figsize=(4.9, 3.3), dpi=100, layout="constrained")
+        self.figure = Figure(figsize=(4.5, 3.3), dpi=100, layout="constrained")
         self.canvas, scores = _live_canvas(self.figure), self.walk.scores
         self.ax = self.figure.subplots()
         self.image = draw_surface(self.ax, scores.logits, scores.min_areas, scores.values[self.objective], "")

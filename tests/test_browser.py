@@ -327,7 +327,7 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
             until(lambda: [cell("missed", 2), cell("false alarms", 2)], [str(hand[o][wanted]) for o in ("missed_in", "false_in")])
         here = photo()[0]
         tool.get_by_role("combobox").first.select_option("4 times")
-        until(photo, lambda o: o and o[0] != here and o[1:] == [640, 640])
+        until(photo, lambda o: o and o[0] != here and o[1:] == [560, 560])
         tool.get_by_role("button", name="next miss").click()
         until(lambda: int(cell("missed", 2)), lambda o: o > 0)
         look("zoomed")

@@ -291,7 +291,7 @@ def test_views_of_any_size_lie_inside_and_lose_no_object(shape, zoom):
             labels[y, x] = number
         there = set(np.unique(labels)) - {0}
         small = explorer._shown_labels(labels, view)
-        assert small.shape == explorer._picture_size(view)[::-1] and max(small.shape) <= 640
+        assert small.shape == explorer._picture_size(view)[::-1] and max(small.shape) <= explorer.SIDE
         if view.scale >= 1: assert there <= set(np.unique(small))
         else: assert len(there & set(np.unique(small))) >= len(there) - 1      # two in one pixel of the picture: the higher number
         assert explorer._shown_image(np.zeros((*shape, 3), np.uint8), shape, view).shape[:2] == small.shape
@@ -302,7 +302,7 @@ def test_the_image_may_be_larger_than_the_grid(tmp_path):
     tool = threshold_explorer(evidence, catalog, levels, min_areas=SIZES, static=False)
     tool.zoom.value = 8
     img = cv2.imdecode(np.frombuffer(tool.picture.value, np.uint8), cv2.IMREAD_COLOR)
-    assert img.shape == (450, 630, 3)
+    assert img.shape == (390, 546, 3)
     photo = explorer._shown_image(np.arange(60 * 84, dtype=np.int64).reshape(60, 84, 1).repeat(3, 2).astype(np.uint8), (30, 42), view_of((30, 42), 20, (0, 0)))
     assert photo[0, 0, 0] == 0 and photo[0, 20, 0] == 2 and photo[20, 0, 0] == (2 * 84) % 256
 

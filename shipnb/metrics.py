@@ -307,7 +307,7 @@ class SegmentationMeter:
 
     def reset(self):
         """Forget all images."""
-        self.counts, self.has_ship = np.zeros((0, 3), np.int64), np.zeros(0, bool)
+        self.counts, self.has_ship, self.waiting = np.zeros((0, 3), np.int64), np.zeros(0, bool), []
 
 # %% ../nbs/12_metrics.ipynb #f3eac0a0
 class SegmentationMeter(SegmentationMeter):
@@ -323,7 +323,7 @@ class SegmentationMeter(SegmentationMeter):
         Raises
         ------
         ValueError
-            For shapes that do not fit, a number that is not finite, or "probabilities" outside 0..1.
+            For shapes that do not fit, a number that is not finite, or "probabilities" outside 0..1; of tensors on a GPU the numbers are looked at by `compute`, so that nothing waits for them.
         """
         y = y[:, None] if y.ndim == p.ndim - 1 else y
         if p.ndim != 4 or p.shape != y.shape or p.shape[1] != 1:
@@ -331,15 +331,22 @@ class SegmentationMeter(SegmentationMeter):
         low, high = p.amin((1, 2, 3)), p.amax((1, 2, 3))
         outside = (low < 0) | (high > 1) if not self.from_logits else low != low
         columns = [o[:, 0] for o in mask_counts(p >= self.cut, y != 0)] + [~(low.isfinite() & high.isfinite()), outside]
-        table = torch.stack([o.long() for o in columns], 1).cpu().numpy()
-        if table[:, 3].any(): raise ValueError(f"the model's output is not finite in image {table[:, 3].argmax()} of the batch")
-        if table[:, 4].any():
-            raise ValueError(f"probabilities lie in 0..1, not {low.min():.3g}..{high.max():.3g}; for logits say from_logits=True")
-        has = table[:, 2] > 0 if has_ship is None else np.asarray(torch.as_tensor(has_ship).cpu(), bool)
-        self.counts, self.has_ship = np.concatenate([self.counts, table[:, :3]]), np.concatenate([self.has_ship, has])
+        self.waiting.append((torch.stack([o.long() for o in columns], 1), low, high, has_ship))
+        if p.device.type == "cpu": self._count()
+
+    def _count(self):
+        """Take the batches that wait into the counts."""
+        waiting, self.waiting = self.waiting, []
+        for table, low, high, has_ship in waiting:
+            table = table.cpu().numpy()
+            if table[:, 3].any(): raise ValueError(f"the model's output is not finite in image {table[:, 3].argmax()} of the batch")
+            if table[:, 4].any(): raise ValueError(f"probabilities lie in 0..1, not {low.min():.3g}..{high.max():.3g}; for logits say from_logits=True")
+            has = table[:, 2] > 0 if has_ship is None else np.asarray(torch.as_tensor(has_ship).cpu(), bool)
+            self.counts, self.has_ship = np.concatenate([self.counts, table[:, :3]]), np.concatenate([self.has_ship, has])
 
     def compute(self):
         """Return the scores of all images so far: a dict as `mask_summary` gives."""
+        self._count()
         return mask_summary(self.counts, self.has_ship)
 
 # %% ../nbs/12_metrics.ipynb #81c091f8

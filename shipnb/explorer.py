@@ -122,17 +122,20 @@ class Tally:
 
     def __init__(self, evidence):
         records, self.true, self.lowest = evidence.records, evidence.counts, edge_index(evidence.floor)
-        join = lambda parts: np.concatenate([np.zeros(0, np.int32), *parts])
-        self.image = np.repeat(np.arange(len(records), dtype=np.int32), [len(o.level) for o in records])
+        last = np.concatenate([np.zeros(0, np.int32), *(o.level for o in records)])
+        order = np.argsort(last, kind="stable")   # most components live near the floor: a threshold looks only at those that reach it
+        join = lambda parts: np.concatenate([np.zeros(0, np.int32), *parts])[order]
+        self.last, self.image = last[order], np.repeat(np.arange(len(records), dtype=np.int32), [len(o.level) for o in records])[order]
         self.first = join(_parent_levels(o, self.lowest - 1) + 1 for o in records)
-        self.last, self.area, self.found = join(o.level for o in records), join(o.area for o in records), join(o.match for o in records) >= 0
+        self.area, self.found = join(o.area for o in records), join(o.match for o in records) >= 0
 
     def at(self, logit, min_area=0):
         """Return kept, found, missed and false at one setting, as a dict of int64 (images,); ValueError below the floor."""
         k = edge_index(logit)
         if k < self.lowest: raise ValueError(f"the logit {logit} is below this evidence's floor {EDGES[self.lowest]}")
-        alive = (self.first <= k) & (k <= self.last) & (self.area >= min_area)
-        kept, found = (np.bincount(self.image[o], minlength=len(self.true)) for o in (alive, alive & self.found))
+        from_here = slice(np.searchsorted(self.last, k), None)
+        alive, image = (self.first[from_here] <= k) & (self.area[from_here] >= min_area), self.image[from_here]
+        kept, found = (np.bincount(image[o], minlength=len(self.true)) for o in (alive, alive & self.found[from_here]))
         return dict(kept=kept, found=found, missed=self.true - found, false=kept - found)
 
 # %% ../nbs/30d_explorer.ipynb #4cf02e86
@@ -515,7 +518,7 @@ def _live_canvas(figure):
     FigureManager(canvas, 0)
     return canvas
 
-
+# %% ../nbs/30d_explorer.ipynb #d71d7205
 class ThresholdExplorer:
     """The widgets of `threshold_explorer`, and what they do; use `threshold_explorer`, which documents the parameters.
 
@@ -658,6 +661,8 @@ class ThresholdExplorer(ThresholdExplorer):
         lacking = "There are no levels for this evidence, so what is kept has no outline (collect_levels makes them). All numbers are complete."
         self.said.value = html.escape(text or ("" if self.walk.levels is not None else lacking))
 
+# %% ../nbs/30d_explorer.ipynb #bd78228a
+class ThresholdExplorer(ThresholdExplorer):
     def _make_steps(self):
         """The buttons that lead to other images."""
         import ipywidgets as w
@@ -679,7 +684,7 @@ class ThresholdExplorer(ThresholdExplorer):
         if self.walk.next(kind, image): return self._arrived()
         self._say(f"At this setting there is no {dict(missed='miss', false='false alarm')[kind]} in any image.")
 
-# %% ../nbs/30d_explorer.ipynb #bd78228a
+# %% ../nbs/30d_explorer.ipynb #a8e569d2
 class ThresholdExplorer(ThresholdExplorer):
     def _make_view(self):
         """Everything together."""

@@ -150,7 +150,7 @@ def match_labels(kept, true):
     -------
     int64 (components + 1,): the true object with IoU > 1/2, 0 for none; entry 0 is the background's.
     """
-    true_area, inside = np.bincount(true.ravel()), np.flatnonzero(kept)
+    inside, true_area = np.flatnonzero(kept), np.bincount(true[true > 0], minlength=1)
     component, number = kept.ravel()[inside].astype(np.int64), true.ravel()[inside]
     area, both = np.bincount(component, minlength=1), number > 0
     pairs, shared = np.unique(component[both] * len(true_area) + number[both], return_counts=True)

@@ -714,6 +714,7 @@ def static_view(walk, objective="dice"):
     rows = [("", _counted(len(walk.evidence), "image"), "this image"), *score_rows(walk)]
     lines = [f"threshold {sigmoid(walk.logit):.4g}, {walk.min_area} px\n", *(f"{name:22} {_number(whole):>14} {_number(one):>10}" for name, whole, one in rows)]
     right.text(0, .5, "\n".join(lines), family="monospace", fontsize=7, va="center")
+    plt.close(figure)   # the value of the cell shows it; an open one would be shown a second time
     return figure
 
 # %% ../nbs/30d_explorer.ipynb #9b6aa665

@@ -601,6 +601,7 @@ class ThresholdExplorer(ThresholdExplorer):
         logit, area = scores.best(objective)
         self.star.set_data([logit], [scores.min_areas.tolist().index(area)])
         self.ax.set_title(f"{scores.names[objective]}: best {np.nanmax(values):.4f} at {sigmoid(logit):.4g}, {area} px", fontsize=9)
+        self.canvas._force_full = True
         self.canvas.draw()
 
 # %% ../nbs/30d_explorer.ipynb #f447ecd4
@@ -618,6 +619,7 @@ class ThresholdExplorer(ThresholdExplorer):
         """Put the dot where the setting is."""
         self.canvas.restore_region(self.behind)
         self._place_dot()
+        self.canvas._force_full = True   # ipympl sends differences, and a browser that is still reading one skips it: its dot would stay
         self.canvas.blit()
 
     def _clicked(self, event):

@@ -314,6 +314,19 @@ print(json.dumps(dict(dice=float(np.mean([dice(p > 0, t > 0) for p, t in zip(map
                       found=found, missed=true - found, false=kept - found, missed_in=[int(o[1] - o[2][0]) for o in both],
                       false_in=[int(o[0] - o[2][0]) for o in both], backend=matplotlib.get_backend())))"""
 
+DRAWN = """import json
+seen = [o for o in Out.values() if isinstance(o, ThresholdExplorer)][0].canvas
+print(json.dumps([*np.asarray(seen.buffer_rgba()).shape[1::-1], *map(int, np.asarray(seen.buffer_rgba()).astype(np.int64).reshape(-1, 4).sum(0)),
+                  int((np.asarray(seen.buffer_rgba()).astype(np.int64).reshape(-1, 4)[:, 0] * (np.arange(seen.figure.bbox.width * seen.figure.bbox.height) % 9973)).sum())]))"""
+SEEN = """() => {
+    const canvas = document.querySelector('.shipnb-thresholds .jupyter-matplotlib-canvas-div canvas'), {width, height} = canvas;
+    const pixels = canvas.getContext('2d').getImageData(0, 0, width, height).data, sums = [0, 0, 0, 0];
+    let places = 0;
+    for (let i = 0; i < pixels.length; i++) sums[i % 4] += pixels[i];
+    for (let i = 0; i < pixels.length; i += 4) places += pixels[i] * (i / 4 % 9973);
+    return [width, height, ...sums, places];
+}"""
+
 
 def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
     """Sliders, the surface, the steps: what is shown at a setting is what thresholding, labelling and matching give in the same kernel."""
@@ -343,6 +356,12 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
             assert cell("objects found").startswith(f"{hand['found']} of ") and (cell("missed"), cell("false alarms")) == (str(hand["missed"]), str(hand["false"]))
             return hand
 
+        def surface_is_current():
+            """The canvas holds, pixel for pixel, what the kernel drew last."""
+            page.wait_for_function(READY)
+            drawn = json.loads(page.evaluate(ASK, DRAWN))
+            until(lambda: page.evaluate(SEEN), drawn)
+
         until(photo, lambda o: o and o[1:] == [512, 512])
         assert "inline" in agrees()["backend"]      # ipympl draws the surface, and no other figure
         look("begin")
@@ -360,6 +379,7 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
         assert seen == sorted(seen) and len(set(seen)) == 4
         until(photo, lambda o: o and o[0] != before[2])
         agrees()
+        surface_is_current()
         look("dragged")
 
         # a click on the surface: there, and back
@@ -374,6 +394,7 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
         until(logit, lambda o: o > low)
         until(area, lambda o: o > few)
         agrees()
+        surface_is_current()
         look("clicked")
 
         # misses and false alarms: the images that have them, in order, from the setting at hand
@@ -398,7 +419,7 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
         tool.get_by_role("button", name="go to the best").click()
         until(logit, lambda o: o != low)
         agrees()
-        page.wait_for_function(READY)
+        surface_is_current()
         look("best")
         assert not complaints
     finally: page.close()

@@ -7,6 +7,8 @@ __all__ = ['PANELS', 'read_lines', 'curves', 'LiveCurves', 'draw_edges', 'Board'
 
 # %% ../nbs/17_logs.ipynb #3dcd40bd
 import json
+import os
+import sys
 from pathlib import Path
 
 import cv2
@@ -114,6 +116,8 @@ class Board:
 def show_board(folder):
     """Show TensorBoard for a run's folder, or a folder of runs, inside the notebook."""
     from tensorboard import notebook
+    beside = Path(sys.executable).with_name("tensorboard")     # JupyterLab may have been started without its environment's programs on the PATH
+    if beside.is_file(): os.environ.setdefault("TENSORBOARD_BINARY", str(beside))
     notebook.start(f"--logdir {json.dumps(str(folder))}")
 
 # %% ../nbs/17_logs.ipynb #d3e5ea62

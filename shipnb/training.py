@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECENT', 'QUICK', 'set_seeds', 'StopRequest', 'Learner', 'stalled', 'Recipe', 'split_by', 'make_loaders',
-           'evaluation_loader', 'make_learner', 'make_card', 'train_model', 'quick_model']
+           'evaluation_loader', 'make_learner', 'make_card', 'train_model', 'quick_model', 'diagnose', 'troubles']
 
 # %% ../nbs/20_training.ipynb #579d1ea7
 import json
@@ -28,6 +28,7 @@ from .augment import preset
 from .catalog import read_airbus
 from .checkpoints import list_checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .dataset import DecodedCache, SegmentationDataset, make_loader
+from .doctor import diagnose, troubles
 from .files import atomic_write, build_once, keep_freed_memory, resolve, sha256_file, sha256_text
 from .fleet import sample
 from .models import DECODER, build_unet, load_model, save_model
@@ -36,6 +37,9 @@ from .sampler import ShipStratifiedSampler
 from .splits import folds as make_folds
 from .splits import split as make_split
 from .tasks import segmentation_task
+
+_all_ = ["diagnose", "troubles"]   # made in shipnb.doctor, wanted here
+
 
 # %% ../nbs/20_training.ipynb #5b73d623
 def set_seeds(seed, deterministic=False):

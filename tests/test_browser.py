@@ -232,3 +232,64 @@ def test_explore_filters_pages_marks_and_saves(lab, browser, checkout, tmp_path)
         until(colour, lambda o: o != light)
         look("dark")
     finally: page.close()
+
+
+# --- the curves of a training: redrawn in place, and in TensorBoard
+
+LOGS = '''
+import time
+from shipnb.logs import Board, LiveCurves, show_board
+history = [dict(epoch=k, step=8 * k, loss=1 / (k + 1), valid_loss=1.1 / (k + 1), dice=k / 10, dice_with=k / 12, dice_without=.5, iou=k / 20) for k in range(4)]
+# %%
+live = LiveCurves()
+live.update(history[:1])
+# %%
+time.sleep(3)
+live.update(history)
+# %%
+board = Board("../runs/board")
+for row in history: board.epoch(row, row["step"])
+board.close()
+show_board("../runs/board")
+'''
+COLLECT = """() => {
+    window.shipnbSeen = new Set();
+    setInterval(() => document.querySelectorAll('.jp-OutputArea img').forEach(o => window.shipnbSeen.add(o.src)), 50);
+}"""
+
+
+def write_notebook(path, text):
+    """A notebook of the cells of a script."""
+    import nbformat
+    cells = [nbformat.v4.new_code_cell(o.strip()) for o in text.split("# %%")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3"))), path)
+
+
+def end_boards(folder):
+    """End the TensorBoards that look at a folder; a notebook's stays behind its kernel."""
+    import psutil
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any("tensorboard" in o for o in words) and any(str(folder) in o for o in words): process.kill()
+
+
+def test_curves_are_redrawn_in_place_and_tensorboard_opens_in_the_notebook(lab, browser, checkout, tmp_path):
+    (checkout/"runs").mkdir(exist_ok=True)
+    write_notebook(checkout/"nbs"/"curves_here.ipynb", LOGS.replace("../runs/board", str(checkout/"runs"/"board")))
+    page = browser.new_page(viewport=dict(width=1300, height=1100))
+    page.set_default_timeout(1000 * SECONDS)
+    try:
+        page.add_init_script(f"({COLLECT})()")
+        nb = run_all(page, f"{lab}/lab/tree/nbs/curves_here.ipynb?reset")
+        outputs = [o["outputs"] for o in nb["cells"]]
+        assert not [o for one in outputs for o in one if o["output_type"] == "error"]
+        assert [len([o for o in one if "image/png" in o.get("data", {})]) for one in outputs] == [0, 1, 0, 0], "one figure, where it was first shown"
+        until(lambda: page.locator(".jp-OutputArea img").count(), 1)
+        assert page.evaluate("() => window.shipnbSeen.size") == 2, "the figure was to change once"
+        inside = lambda: " ".join(o.locator("body").inner_text() for o in page.frames[1:] if o.locator("body").count())
+        until(inside, lambda o: "dice_with" in o)
+        page.locator("iframe").first.scroll_into_view_if_needed()
+        page.screenshot(path=tmp_path/"curves_and_board.png")
+    finally:
+        page.close()
+        end_boards(checkout/"runs"/"board")

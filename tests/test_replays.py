@@ -354,7 +354,7 @@ def test_published_airbus():
 
 
 def test_published_steel():
-    found = json.loads((ROOT/"figures"/"replay_severstal.json").read_text(encoding="utf-8"))
+    found = json.loads((ROOT/"figures"/"replay_steel.json").read_text(encoding="utf-8"))
     assert found["shift"]["masks"] >= 50 and found["shift"]["interval"][0] <= found["shift"]["dice"] <= found["shift"]["interval"][1]
     assert all(o["largest_difference"] == 0 for o in found["inputs"].values()) and found["dropped"] == dict(batches=2514, dropped=2)
     for o in found["offsets"]: assert abs(o["down"] - (o["reading"] != "right")) < 0.5 and abs(o["right"]) < 0.5

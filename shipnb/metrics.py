@@ -347,6 +347,10 @@ class SegmentationMeter(SegmentationMeter):
             has = table[:, 2] > 0 if has_ship is None else np.asarray(torch.as_tensor(has_ship).cpu(), bool)
             self.counts, self.has_ship = np.concatenate([self.counts, table[:, :3]]), np.concatenate([self.has_ship, has])
 
+    def merge(self, other):
+        """Add the images of another meter behind one's own."""
+        self.counts, self.has_ship = np.concatenate([self.counts, other.counts]), np.concatenate([self.has_ship, other.has_ship])
+
     def compute(self):
         """Return the scores of all images so far: a dict as `mask_summary` gives."""
         self._count()
@@ -364,6 +368,10 @@ class ChannelMeter:
         if counts[0].ndim != 2 or counts[0].shape[1] != self.counts.shape[1]:
             raise ValueError(f"the masks have the shape {tuple(pred.shape)}; asked are (N, {self.counts.shape[1]}, height, width)")
         self.counts = np.concatenate([self.counts, np.stack(counts, -1)])
+
+    def merge(self, other):
+        """Add the images of another meter behind one's own."""
+        self.counts = np.concatenate([self.counts, other.counts])
 
     def compute(self):
         """Return `mask_summary` over all pairs of image and class; dice_volume, the mean over images of the Dice of all classes together; dice_1, dice_2, ... of each class; n images."""
@@ -645,6 +653,10 @@ class DetectionMeter:
         """Add a batch: two lists of dicts as `match_boxes`. ValueError as there."""
         self.matches += [match_boxes(p, t) for p, t in zip(predictions, truths, strict=True)]
 
+    def merge(self, other):
+        """Add the images of another meter behind one's own."""
+        self.matches += other.matches
+
     def compute(self):
         """Return the scores of all images so far, a dict as `average_precision` gives."""
         return precision_summary(self.matches)
@@ -841,6 +853,10 @@ class ClassificationMeter:
         p = _plain_array(p.float() if isinstance(p, torch.Tensor) else p, np.float64)
         if not np.isfinite(p).all(): raise ValueError(f"the model's output is not finite in image {int((~np.isfinite(p)).any(1).argmax())} of the batch")
         self.confusion += confusion_counts(p.argmax(1), true, len(self.confusion))
+
+    def merge(self, other):
+        """Add the images of another meter."""
+        self.confusion += other.confusion
 
     def compute(self):
         """Return the scores of all images so far, a dict as `class_scores` gives."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .dataset import constant, to_input, to_target
-from .losses import make_loss
+from .losses import make_counts, make_loss
 from .metrics import ChannelMeter, ClassificationMeter, DetectionMeter, SegmentationMeter
 from .models import Exact, ExactBoxes
 
@@ -29,12 +29,14 @@ class Task:
     ----------
     loss : `(model, batch) -> {name: scalar tensor}`; the parts are summed for the backward pass.
     predict : `(model, batch) -> predictions`; called in eval mode without gradients.
-    metric : `() -> m` with `m.update(predictions, batch)` and `m.compute() -> {name: float}`.
+    metric : `() -> m` with `m.update(predictions, batch)` and `m.compute() -> {name: float}`; for several processes also `m.merge(other)`, which adds another's images behind its own.
+    counts : `batch -> {name: tensor ()}`, over how much a part of the loss takes its mean, for the parts for which that is not the images. Several processes weigh their parts by it; alone it is not asked.
     both : `(model, batch) -> (losses, predictions)` where one pass of the model gives both; None makes one pass for each.
     """
     loss: Callable
     predict: Callable
     metric: Callable
+    counts: Callable = lambda batch: {}
     both: Callable | None = None
 
     def look(self, model, batch):
@@ -47,14 +49,14 @@ def _device(model):
     return next(model.parameters()).device
 
 
-def logits_task(losses, predictions, metric):
+def logits_task(losses, predictions, metric, counts=lambda batch: {}):
     """Return the Task of a model that maps images to logits.
 
     Parameters
     ----------
     losses : `(z, batch) -> {name: scalar tensor}`.
     predictions : `z -> predictions`, z in float32.
-    metric : as `Task` takes it.
+    metric, counts : as `Task` takes them.
 
     Batches hold image uint8 (N, h, w, 3).
     """
@@ -64,7 +66,7 @@ def logits_task(losses, predictions, metric):
         z = logits(model, batch)
         return losses(z, batch), predictions(z.float())
 
-    return Task(lambda model, batch: losses(logits(model, batch), batch), lambda model, batch: predictions(logits(model, batch).float()), metric, both)
+    return Task(lambda model, batch: losses(logits(model, batch), batch), lambda model, batch: predictions(logits(model, batch).float()), metric, counts, both)
 
 # %% ../nbs/15_tasks.ipynb #89939dcf
 class SegmentationMetric:
@@ -73,6 +75,8 @@ class SegmentationMetric:
     def __init__(self, threshold=0.5): self.meter = SegmentationMeter(threshold)
 
     def update(self, p, batch): self.meter.update(p, to_target(batch["mask"], p.device), batch["has_ship"])
+
+    def merge(self, other): self.meter.merge(other.meter)
 
     def compute(self): return self.meter.compute()
 
@@ -87,8 +91,9 @@ def segmentation_task(loss="bce", threshold=0.5):
 
     Batches are those of `shipnb.dataset`: image uint8 (N, h, w, 3), mask uint8 (N, h, w), has_ship bool (N,).
     """
-    parts = make_loss(loss)
-    return logits_task(lambda z, batch: parts(z, to_target(batch["mask"], z.device)), torch.sigmoid, lambda: SegmentationMetric(threshold))
+    parts, counts = make_loss(loss), make_counts(loss)
+    return logits_task(lambda z, batch: parts(z, to_target(batch["mask"], z.device)), torch.sigmoid, lambda: SegmentationMetric(threshold),
+                       lambda batch: counts(to_target(batch["mask"])))
 
 # %% ../nbs/15_tasks.ipynb #da3d783e
 class ChannelMetric:
@@ -103,6 +108,8 @@ class ChannelMetric:
         else: pred = p >= self.threshold
         self.meter.update(pred, true)
 
+    def merge(self, other): self.meter.merge(other.meter)
+
     def compute(self): return self.meter.compute()
 
 
@@ -113,8 +120,9 @@ def first_class(y):
 # %% ../nbs/15_tasks.ipynb #8daae240
 def channels_task(classes, loss="bce", threshold=0.5):
     """Return the Task of a segmenter of several classes that may overlap: logits (N, classes, h, w). Parameters as `segmentation_task`; masks hold a bit a class (`to_target`)."""
-    parts = make_loss(loss)
-    return logits_task(lambda z, batch: parts(z, to_target(batch["mask"], z.device, classes)), torch.sigmoid, lambda: ChannelMetric(classes, threshold))
+    parts, counts = make_loss(loss), make_counts(loss)
+    return logits_task(lambda z, batch: parts(z, to_target(batch["mask"], z.device, classes)), torch.sigmoid, lambda: ChannelMetric(classes, threshold),
+                       lambda batch: counts(to_target(batch["mask"], classes=classes)))
 
 
 def softmax_task(classes, weights=None):
@@ -128,7 +136,9 @@ def softmax_task(classes, weights=None):
         weight = None if weights is None else constant(tuple(weights), z.device)
         return {"ce": F.cross_entropy(z.float(), first_class(to_target(batch["mask"], z.device, classes)), weight)}
 
-    return logits_task(losses, lambda z: z.softmax(1), lambda: ChannelMetric(classes, exclusive=True))
+    def counts(batch): return {} if weights is None else {"ce": torch.tensor(weights, dtype=torch.float64)[first_class(to_target(batch["mask"].cpu(), classes=classes))].sum()}
+
+    return logits_task(losses, lambda z: z.softmax(1), lambda: ChannelMetric(classes, exclusive=True), counts)
 
 # %% ../nbs/15_tasks.ipynb #2de74d79
 NORMS = torch.nn.modules.batchnorm._NormBase   # batch norm of every kind, and instance norm
@@ -154,7 +164,7 @@ def detection_task():
     """Return the Task of a detector of torchvision's contract (`shipnb.models.build_detector`).
 
     Batches are those of `shipnb.dataset_tasks.DetectionDataset`: image, a list of float (3, h, w) in 0..1; target, a list of dicts of boxes, labels and iscrowd, in Mask R-CNN's case masks; index (N,).
-    The loss has the model's own parts; the score is `average_precision`.
+    The loss has the model's own parts; the score is `average_precision`. Of several processes each part counts by its images, though torchvision divides some by boxes or by the proposals it has drawn: there the gradients are near those of one process, not equal.
     """
     def inputs(model, batch):
         device = _device(model)
@@ -181,6 +191,8 @@ class DetectionMetric:
 
     def update(self, predictions, batch): self.meter.update(predictions, batch["target"])
 
+    def merge(self, other): self.meter.merge(other.meter)
+
     def compute(self): return self.meter.compute()
 
 # %% ../nbs/15_tasks.ipynb #af836c19
@@ -190,6 +202,8 @@ class ClassificationMetric:
     def __init__(self, classes): self.meter = ClassificationMeter(classes)
 
     def update(self, p, batch): self.meter.update(p, batch["label"])
+
+    def merge(self, other): self.meter.merge(other.meter)
 
     def compute(self): return self.meter.compute()
 
@@ -212,4 +226,6 @@ def crop_task(classes, weights=None, smoothing=0.0):
         weight = None if weights is None else constant(tuple(weights), z.device)
         return {"ce": F.cross_entropy(z.float(), batch["label"].to(z.device, non_blocking=True), weight, label_smoothing=smoothing)}
 
-    return logits_task(losses, lambda z: z.softmax(1), lambda: ClassificationMetric(classes))
+    def counts(batch): return {} if weights is None else {"ce": torch.tensor(weights, dtype=torch.float64)[batch["label"].cpu()].sum()}
+
+    return logits_task(losses, lambda z: z.softmax(1), lambda: ClassificationMetric(classes), counts)

@@ -44,6 +44,7 @@ from .files import atomic_path, write_json
 from .masks import decode_labels, label_instances, render_mask, rle_coverage
 from .metrics import IOU_THRESHOLDS, f2_from_counts, ratio
 from .models import load_card
+from .parallel import deal, in_order
 
 # %% ../nbs/30_thresholds.ipynb #f8efdd89
 STEP, LOWEST, HIGHEST = 1 / 64, -16.0, 16.0
@@ -1361,7 +1362,7 @@ def true_labels(rles, shape, grid):
     return labels
 
 # %% ../nbs/30_thresholds.ipynb #9ad57ef2
-def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DEFAULT_FLOOR, data="", model_hash="", progress=False):
+def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DEFAULT_FLOOR, data="", model_hash="", progress=False, together=False):
     """Run the evaluation pass: the model over every image of a Catalog.
 
     Parameters
@@ -1374,6 +1375,7 @@ def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DE
     floor : logit, a bin edge; components are known from here up.
     data, model_hash : str, fingerprints; `data` is the Catalog's own when empty.
     progress : bool, show a progress bar.
+    together : bool, several processes share the batches, each whole: all of them must call, and each gets all Evidence, equal to the bit to that of one.
 
     Returns
     -------
@@ -1387,17 +1389,23 @@ def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DE
     if not len(catalog): raise ValueError("the Catalog has no image to score")
     shapes = {catalog.shape(i) for i in range(len(catalog))} if grid == "native" else {tuple(grid)}
     evidence = Evidence(shapes.pop() if len(shapes) == 1 else None, floor, data or catalog.fingerprint(), model_hash)
+    starts, found = range(0, len(catalog), batch_size), []
     was_training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(catalog), batch_size), desc="evaluate", unit="batch", disable=not progress):
+        for start in tqdm(deal(starts) if together else starts, desc="evaluate", unit="batch", disable=not progress):
             rows = range(start, min(start + batch_size, len(catalog)))
-            for i, logits in zip(rows, image_logits(model, [catalog.read_image(i) for i in rows], size, grid)):
-                group = catalog.images["group"].iat[i]
-                evidence.add(catalog.images["image"].iat[i], logits, true_labels(catalog.rles(i), catalog.shape(i), logits.shape),
-                             group if isinstance(group, str) and group else None)
+            logits = image_logits(model, [catalog.read_image(i) for i in rows], size, grid)
+            found.append([_record(catalog, i, o, evidence.floor) for i, o in zip(rows, logits)])
     finally: model.train(was_training)
-    return evidence
+    return evidence._with(o for batch in (in_order(found) if together else found) for o in batch)
+
+
+def _record(catalog, i, logits, floor):
+    """The `ImageEvidence` of image `i` of a Catalog."""
+    group = catalog.images["group"].iat[i]
+    labels = true_labels(catalog.rles(i), catalog.shape(i), logits.shape)
+    return image_evidence(catalog.images["image"].iat[i], logits, labels, group if isinstance(group, str) and group else None, floor)
 
 # %% ../nbs/30_thresholds.ipynb #63c7d008
 def save_point(folder, point):

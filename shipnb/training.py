@@ -17,11 +17,11 @@ import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from tqdm import tqdm
 
 import shipnb
@@ -34,6 +34,7 @@ from .files import atomic_write, build_once, keep_freed_memory, resolve, sha256_
 from .fleet import sample
 from .models import DECODER, build_unet, load_model, save_model
 from .optim import build_optimizer, build_schedule, clip_gradients, freeze, moving_average
+from .parallel import align, by_first, check_shard, deal, gather, in_order, launch, make_fabric, processes, shard, sum_step, synchronised, total
 from .sampler import ShipStratifiedSampler
 from .splits import folds as make_folds
 from .splits import split as make_split
@@ -84,7 +85,7 @@ RECENT = 50   # optimiser steps in the running mean of the loss
 
 # %% ../nbs/20_training.ipynb #45a931ce
 class Learner:
-    """A model, a Task and an optimiser in one loop.
+    """A model, a Task and an optimiser in one loop; in several processes when `torchrun` or `shipnb.parallel.launch` has started them.
 
     Parameters
     ----------
@@ -109,8 +110,10 @@ class Learner:
     def __init__(self, model, task, opt, sched=None, folder=None, precision="32-true", accumulate=1, clip=None,
                  device="auto", key="", monitor="dice_with", progress=None, ema=0.0, save_every=0, skip_nonfinite=0, log_every=50, compile=False):
         if accumulate < 1: raise ValueError(f"accumulate must be at least 1, not {accumulate}")
-        self.fabric = Fabric(accelerator=device, devices=1, precision=precision)
+        self.fabric = make_fabric(device, precision)
         self.model, self.opt = self.fabric.setup(model.to(memory_format=torch.channels_last), opt)
+        self.many, self.first = self.fabric.world_size > 1, self.fabric.is_global_zero   # see "Several processes"
+        align(self.model.module)
         self.task, self.sched, self.folder = task, sched, None if folder is None else Path(folder)
         self.accumulate, self.clip, self.key, self.monitor = accumulate, clip, key, monitor
         self.save_every, self.skip_nonfinite, self.log_every = save_every, skip_nonfinite, log_every
@@ -173,6 +176,29 @@ def _pieces(batch, split):
     edges = [n * k // split for k in range(split + 1)]
     return [({name: value[a:b] for name, value in batch.items()}, (b - a) / n) for a, b in zip(edges, edges[1:]) if b > a]
 
+
+# %% ../nbs/20_training.ipynb #f5060ff0
+class Learner(Learner):
+    def _backward(self, group):
+        """As before; of several processes this one's share of the gradients and of the means."""
+        if not self.many: return super()._backward(group)
+        sums = {}
+        for batch, whole in zip(group, self.wholes):
+            for piece, _ in _pieces(batch, self.split):
+                here = self._counts(piece)
+                parts = {name: value * (_share(name, here, whole) / len(group)) for name, value in self.task.loss(self.model, piece).items()}
+                self.fabric.backward(sum(parts.values()))
+                for name, value in parts.items(): sums[name] = sums.get(name, 0.0) + value.detach().double()
+        return sums
+
+    def _counts(self, batch):
+        """What the parts of the loss take their means over in a batch: {"index": images, name: number}."""
+        return {"index": len(batch["index"])} | {name: float(value) for name, value in self.task.counts(batch).items()}
+
+
+def _share(name, here, whole):
+    """The weight of a loss part of some of the images in the mean over all of them; 0 where the mean is over nothing."""
+    return here.get(name, here["index"]) / max(whole.get(name, whole["index"]), 1e-30)
 
 # %% ../nbs/20_training.ipynb #07bdba96
 class Learner(Learner):
@@ -242,12 +268,14 @@ class Learner(Learner):
                 parts, norm = self.step(group)
                 self._count(parts, norm, group, bar)
                 group = []
-                if stop.signal: self._interrupt()
+                if self._stopping(stop): self._interrupt()
                 if self.save_every and self.steps % self.save_every == 0:
                     self._clock()
                     self.save()
         self._look_back()
         self._clock()
+
+    def _stopping(self, stop): return stop.signal
 
     def _clock(self):
         """Add the time since the last look to the epoch's seconds."""
@@ -259,7 +287,7 @@ class Learner(Learner):
 class Learner(Learner):
     def _count(self, parts, norm, group, bar):
         """Add a step to the epoch's means and to the running mean; write a line of the log when it is due."""
-        n = sum(len(batch["index"]) for batch in group)
+        n = self._images(group)
         for name, value in parts.items(): self.totals[name] = self.totals.get(name, 0.0) + value * n
         self.totals["n"] = self.totals.get("n", 0) + n
         self.recent.append(sum(parts.values()))
@@ -270,13 +298,15 @@ class Learner(Learner):
         self._log_step(norm)
         if not bar.disable: bar.set_postfix(loss=f"{self._recent_mean():.5f}")
 
+    def _images(self, group): return sum(len(batch["index"]) for batch in group)
+
     def _recent_mean(self):
         """Mean loss of the last steps, at most `RECENT`."""
         return float(torch.stack([torch.as_tensor(o, dtype=torch.float64) for o in self.recent]).mean())
 
     def _log_step(self, norm):
         """Append a line to `steps.jsonl`: step, epoch, lr, loss (mean of the last `RECENT` steps), norm (of the gradients, the last step's)."""
-        if self.folder is None: return
+        if self.folder is None or not self.first: return
         self.folder.mkdir(parents=True, exist_ok=True)
         row = dict(step=self.steps, epoch=self.epoch, lr=self.lr, loss=self._recent_mean(), norm=float(norm))
         with open(self.folder/"steps.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
@@ -287,7 +317,7 @@ class Learner(Learner):
 
     def _bar(self, loader, batches):
         size = getattr(loader.batch_sampler, "batch_size", 1)
-        return tqdm(total=batches * size, initial=self.batch * size, unit="image", leave=False, disable=not self.progress,
+        return tqdm(total=batches * size, initial=self.batch * size, unit="image", leave=False, disable=not (self.progress and self.first),
                     desc=f"Epoch {self.epoch}, lr {self.lr:.2e}")
 
     @property
@@ -303,7 +333,7 @@ class Learner(Learner):
         if self.folder is None: raise KeyboardInterrupt(f"stopped in {where}; nothing is saved without a folder")
         path = self.save()
         message = f"Stopped in {where}; snapshot saved in {self.folder.name}/{path.name}. Run the same again to go on from there."
-        print(message, file=sys.stderr)
+        if self.first: print(message, file=sys.stderr)
         raise KeyboardInterrupt(message)
 
 
@@ -378,7 +408,10 @@ class Learner(Learner):
     def save(self, kind="last", keep=2):
         """Write a checkpoint of a kind and the epochs so far to `folder/log.jsonl`; keep the newest `keep` of the kind, 0 all. Returns its path."""
         self._look_back()
-        path = save_checkpoint(self.folder, self.state(), self.steps, kind, keep)
+        return self._write(self.state(), kind, keep)
+
+    def _write(self, state, kind, keep):
+        path = save_checkpoint(self.folder, state, self.steps, kind, keep)
         atomic_write(self.folder/"log.jsonl", "".join(json.dumps(o) + "\n" for o in self.history))
         return path
 
@@ -387,7 +420,7 @@ class Learner(Learner):
 
         Raises ValueError when there are only damaged or foreign ones, and for one of another configuration.
         """
-        state, path = load_checkpoint(self.folder, kind)
+        state, path = self._read(kind)
         if state is None:
             self._cut_log()      # a run that was killed before its first checkpoint may have left lines
             return False
@@ -398,9 +431,17 @@ class Learner(Learner):
         if self.ema is not None: self.ema.load_state_dict(state["ema"])
         for name in ("epoch", "batch", "steps", "split", "skipped", "totals", "seconds", "history"): setattr(self, name, state[name])
         self.recent = deque(state["recent"], RECENT)
-        set_rng_state(state["rng"])
+        self._set_rng(state["rng"])
         self._cut_log()
         return True
+
+    def _read(self, kind): return load_checkpoint(self.folder, kind)
+
+    def _set_rng(self, saved):
+        """Restore this process's generators; a checkpoint of several processes holds a list, by rank."""
+        saved, (rank, world) = saved if isinstance(saved, list) else [saved], processes()
+        self.came_from = len(saved) if len(saved) != world else 0
+        if rank < len(saved): set_rng_state(saved[rank])
 
     def _cut_log(self):
         """Take the lines out of `steps.jsonl` that a killed run wrote after its last checkpoint; they will be written again."""
@@ -409,6 +450,63 @@ class Learner(Learner):
         rows = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         atomic_write(file, "".join(line for line in rows if json.loads(line)["step"] <= self.steps))
 
+
+# %% ../nbs/20_training.ipynb #d8e3eabb
+class Learner(Learner):
+    came_from = 0     # processes of the checkpoint that was resumed, when they were more or fewer
+
+    def _train_epoch(self, loader):
+        """As before. ValueError when the loader gives every process the same images."""
+        if self.many: check_shard(loader.batch_sampler)
+        if self.came_from and self.first:
+            print(f"Processes: {self.came_from} before, {processes()[1]} from here on; the batches stay, sums and random numbers differ, so the end is not equal to the bit", file=sys.stderr)
+        self.came_from = 0
+        super()._train_epoch(loader)
+
+    def _backward(self, group):
+        """As before; of several processes the sum over all."""
+        if not self.many: return super()._backward(group)
+        mine = [self._counts(batch) for batch in group]
+        sums = iter(total([o for counts in mine for o in counts.values()]))
+        self.wholes = [{name: next(sums) for name in counts} for counts in mine]
+        parts = super()._backward(group)
+        return sum_step(self.model.module, parts, sum(o["index"] for o in mine) / self._images(group))
+
+    def _images(self, group): return int(sum(o["index"] for o in self.wholes)) if self.many else super()._images(group)
+
+    def _stopping(self, stop): return total([stop.signal])[0] if self.many else super()._stopping(stop)
+
+# %% ../nbs/20_training.ipynb #5b816919
+class Learner(Learner):
+    @torch.inference_mode()
+    def evaluate(self, loader):
+        """As before; several processes share the batches, and each has the scores of all."""
+        if not self.many: return super().evaluate(loader)
+        model = (self.model if self.ema is None else self.averaged).eval()
+        metric, loss, n = self.task.metric(), 0.0, 0
+        for other, value, size in in_order(self._score(model, batch) for batch in deal(loader)):
+            metric.merge(other)
+            loss, n = loss + value * size, n + size
+        return {"valid_loss": loss / max(n, 1), **metric.compute()}
+
+    def _score(self, model, batch):
+        """Metric, mean loss and size of one batch."""
+        metric, (parts, predictions) = self.task.metric(), self.task.look(model, batch)
+        metric.update(predictions, batch)
+        return metric, float(sum(parts.values())), len(batch["index"])
+
+# %% ../nbs/20_training.ipynb #269b7de8
+class Learner(Learner):
+    def state(self):
+        """As before; with the generators of all processes, by rank, when there are several. All must ask."""
+        state = super().state()
+        return state | {"rng": gather(state["rng"])} if self.many else state
+
+    def _write(self, *what): return by_first(partial(super()._write, *what))
+
+    def _read(self, kind): return by_first(partial(super()._read, kind))
+
+    def _cut_log(self): by_first(super()._cut_log)
 
 # %% ../nbs/20_training.ipynb #9e189a5e
 @dataclass(frozen=True)
@@ -428,7 +526,7 @@ class Recipe:
     schedule: str = "onecycle"
     schedule_options: dict = field(default_factory=dict)   # see 13_optim, e.g. {"warmup_steps": 200} of cosine
     epochs: int = 20
-    batch_size: int = 16
+    batch_size: int = 16                # images of an optimiser step's batch, over all processes
     zero_ships_ratio: float = -1.0      # share of the batch; -1 is the natural share
     multiple_ships_ratio: float = -1.0
     augment: str = "d4"
@@ -447,6 +545,7 @@ class Recipe:
     skip_nonfinite: int = 0             # steps with a loss or gradient that is not finite that are left out before training stops
     deterministic: bool = False         # only algorithms that give the same bits each time
     compile: bool = False               # torch.compile; for long runs on a GPU, compiling takes a minute or more
+    sync_batchnorm: bool = False        # batch norm over the images of all devices; CUDA only
 
     def key(self, fingerprint):
         """Hash of the recipe, the weights it starts from, and the data it is for. What is left at its default is not part of it, so that a new field changes no key."""
@@ -471,7 +570,7 @@ def training_device(device="auto"):
 
 
 def make_loaders(catalog, parts, recipe, progress=False, device="auto"):
-    """Return (train_loader, valid_loader) over the decoded cache, for `parts` = "train" / "valid" per image. On a GPU the cache goes there where it fits.
+    """Return (train_loader, valid_loader) over the decoded cache, for `parts` = "train" / "valid" per image. On a GPU the cache goes there where it fits; of several processes, this one's part of each training batch.
 
     Raises ValueError when the training part has no image with ships, or is smaller than one batch.
     """
@@ -480,7 +579,7 @@ def make_loaders(catalog, parts, recipe, progress=False, device="auto"):
     size = (recipe.size, recipe.size)
     cache = DecodedCache.open(catalog, size, progress=progress)
     ratios = [None if o < 0 else o for o in (recipe.zero_ships_ratio, recipe.multiple_ships_ratio)]
-    sampler = ShipStratifiedSampler(train.counts, recipe.batch_size, *ratios, seed=recipe.seed)
+    sampler = shard(ShipStratifiedSampler(train.counts, recipe.batch_size, *ratios, seed=recipe.seed))
     transform = None if recipe.preset == "none" else preset(recipe.preset)
     dataset = SegmentationDataset(train, size, cache, recipe.augment, recipe.crop, recipe.crop_on_ship, transform, recipe.seed,
                                   recipe.ships_threshold_for_add_augs)
@@ -507,6 +606,7 @@ def make_learner(recipe, steps_per_epoch, folder=None, key="", device="auto", sa
     keep_freed_memory()
     set_seeds(recipe.seed, recipe.deterministic)
     model = _first_model(recipe)
+    if recipe.sync_batchnorm: model = synchronised(model, device)
     freeze(model, recipe.frozen_stages)
     opt = build_optimizer(recipe.optimiser, model, recipe.lr, recipe.weight_decay, {"encoder": recipe.encoder_lr} if recipe.encoder_lr != 1 else None, recipe.momentum, training_device(device).type)
     sched = build_schedule(recipe.schedule, opt, recipe.epochs * -(-steps_per_epoch // recipe.accumulate), **recipe.schedule_options)
@@ -525,7 +625,7 @@ def make_card(catalog, parts, recipe, learner):
                 metrics={f"{k}@{recipe.size}": v for k, v in learner.history[-1].items() if k not in ("epoch", "step", "lr", "seconds")}, versions=versions)
 
 # %% ../nbs/20_training.ipynb #c2c3fa74
-def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto", progress=None, save_every=500):
+def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto", progress=None, save_every=500, devices=1):
     """Train a segmenter, resumably, and write `folder/model`.
 
     Parameters
@@ -533,12 +633,15 @@ def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto",
     catalog : Catalog; parts : "train" / "valid" per image.
     recipe : Recipe.
     save_every : int, optimiser steps between two checkpoints within an epoch, beside the one after each epoch; 0 is none.
+    devices : int, processes to train in on this machine, copies of this one (`shipnb.parallel.launch`); started by `torchrun`, those it has started.
     folder : gets checkpoints, log.jsonl, steps.jsonl and model/. The same recipe and data go on from the newest checkpoint, others are refused (ValueError).
 
     Returns
     -------
     Learner, trained; its weights are those after the last epoch. Choosing the best epoch on the validation images would make their score optimistic.
     """
+    if devices > 1 and processes()[1] == 1:    # they train; what follows finds it done
+        launch(lambda: train_model(catalog, parts, recipe, folder, evaluate_every, device, progress, save_every) and None, devices, device)
     train_loader, valid_loader = make_loaders(catalog, parts, recipe, device=device)
     key = recipe.key([catalog.fingerprint(), sha256_text("".join(parts))])
     learner = make_learner(recipe, len(train_loader), folder, key, device, save_every)
@@ -548,7 +651,7 @@ def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto",
     for _ in learner.epochs(learner.epoch if over() else recipe.epochs, train_loader, valid_loader, evaluate_every):
         learner.save()
         if over(): break
-    save_model(Path(folder)/"model", learner.trained, make_card(catalog, parts, recipe, learner))
+    by_first(lambda: save_model(Path(folder)/"model", learner.trained, make_card(catalog, parts, recipe, learner)) and None)
     return learner
 
 # %% ../nbs/20_training.ipynb #f731084f
@@ -558,6 +661,7 @@ QUICK = Recipe(encoder="tu-resnet10t", decoder=[128, 64, 32, 16, 16], loss={"bce
 
 def quick_model(data=""):
     """Return the model folder of the small model for `data` ("" is the sample): trained in about a minute on 2 cores the first time, then kept."""
+    if processes()[1] > 1: raise ValueError("quick_model trains in one process; make the model before, then start several")
     catalog = read_airbus(resolve(data) if data else sample())
     parts = split_by(catalog)
     key = QUICK.key(catalog.fingerprint())

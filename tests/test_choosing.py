@@ -14,7 +14,7 @@ from shipnb.inference import Predictor
 from shipnb.masks import label_instances
 from shipnb.metrics import dice, object_f2, segmentation_scores
 from shipnb.models import save_model
-from shipnb.thresholds import EDGES, SCORES, Evidence, OperatingPoint, choose, collect_evidence, image_logits, load_point, point_scores, save_point, surface
+from shipnb.thresholds import SCORES, Evidence, OperatingPoint, choose, collect_evidence, image_logits, load_point, point_scores, save_point, surface
 
 SIZE = (32, 40)
 

@@ -657,7 +657,7 @@ def test_noise_region_is_the_paired_bootstrap(monkeypatch):
     for objective, prices in (("dice_with", None), ("object_recall", None), ("pixel_dice", None), ("cost", (1, 3))):
         region = noise_region(whole, objective, prices=prices)
         assert region.inside[region.best] and region.below.min() >= -1e-12 and region.error[region.best] == 0
-        parts = lambda k, j: image_parts(image_scores(evidence, whole.logits[k], whole.min_areas[j]), objective, prices)
+        parts = lambda k, j, objective=objective, prices=prices: image_parts(image_scores(evidence, whole.logits[k], whole.min_areas[j]), objective, prices)
         for k, j in zip(rng.integers(0, 1300, 6), rng.integers(0, 3, 6)):
             (a, b), (c, d) = parts(*region.best), parts(k, j)
             sign = -1 if objective == "cost" else 1

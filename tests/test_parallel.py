@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

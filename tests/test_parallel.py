@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from shipnb.metrics import ClassificationMeter, DetectionMeter
 from shipnb.optim import build_optimizer, build_schedule
 from shipnb.parallel import Shard, by_first, deal, gather, in_order, launch, processes, shard, sum_step
 from shipnb.sampler import BalancedSampler, ShipStratifiedSampler
-from shipnb.tasks import channels_task, crop_task, segmentation_task, softmax_task
+from shipnb.tasks import Task, channels_task, crop_task, segmentation_task, softmax_task
 from shipnb.thresholds import collect_evidence
 from shipnb.training import Learner, Recipe, make_learner, make_loaders, quick_model, set_seeds, split_by, train_model
 
@@ -317,7 +316,7 @@ def learner(folder=None, accumulate=1, sched="onecycle", ema=0.0, once=None, opt
         steps += model.training
         if once and model.training and steps == once.at and processes()[0] == once.rank: os.kill(os.getpid(), once.number)
         return {"mse": nn.functional.mse_loss(model(batch["x"]), batch["y"])}
-    task = types.SimpleNamespace(loss=loss, predict=lambda model, batch: model(batch["x"]), metric=Squares, counts=lambda batch: {})
+    task = Task(loss, lambda model, batch: model(batch["x"]), Squares)
     optimiser = build_optimizer(opt, model, 0.01)
     sched = build_schedule(sched, optimiser, 4 * -(-3 // accumulate), **({"warmup_steps": 2} if sched == "cosine" else {}))
     return Learner(model, task, optimiser, sched, folder, accumulate=accumulate, device="cpu", key="k", monitor="score", progress=False, ema=ema, save_every=int(folder is not None), log_every=1, **options)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'shrink', 'read_item', 'DecodedCache', 'turn', 'crop_corner', 'check_images',
-           'SegmentationDataset', 'collate', 'make_loader', 'to_input', 'to_target']
+           'SegmentationDataset', 'DeviceCache', 'DeviceDataset', 'free_memory', 'on_device', 'collate', 'make_loader',
+           'constant', 'to_input', 'to_target']
 
 # %% ../nbs/06_dataset.ipynb #76527a9e
 import json
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -181,18 +183,23 @@ class SegmentationDataset:
 
     def set_epoch(self, epoch): self.epoch = int(epoch)
 
+# %% ../nbs/06_dataset.ipynb #5b2bc187
+class SegmentationDataset(SegmentationDataset):
+    def _draw(self, i, msk):
+        """What happens to item `i`, whose mask is `msk`: row and column of its crop, its symmetry, and the generator of what comes after."""
+        rng = np.random.default_rng([self.seed, self.epoch, i])
+        y, x = crop_corner(msk, self.crop, self.crop_on_ship, rng) if self.crop else (0, 0)
+        return y, x, _turn_code(self.augment, rng), rng
+
 # %% ../nbs/06_dataset.ipynb #f9b0450f
 class SegmentationDataset(SegmentationDataset):
     def arrays(self, i):
         """Image uint8 (h, w, 3) and mask uint8 (h, w) of item `i`, augmented; possibly views of the cache."""
         if self.cache is None: img, msk = read_item(self.catalog, i, self.size)
         else: img, msk = self.cache.image(self.cache_rows[i]), self.cache.mask(self.cache_rows[i])
-        rng = np.random.default_rng([self.seed, self.epoch, i])
-        if self.crop:
-            y, x = crop_corner(msk, self.crop, self.crop_on_ship, rng)
-            img, msk = img[y:y + self.crop, x:x + self.crop], msk[y:y + self.crop, x:x + self.crop]
-        code = _turn_code(self.augment, rng)
-        img, msk = turn(img, code), turn(msk, code)
+        y, x, code, rng = self._draw(i, msk)
+        height, width = self.shape
+        img, msk = (turn(o[y:y + height, x:x + width], code) for o in (img, msk))
         if self.transform is None or self.counts[i] < self.ships_threshold_for_add_augs: return img, msk
         self.transform.set_random_seed(int(rng.integers(2**31)))
         out = self.transform(image=np.ascontiguousarray(img), mask=np.ascontiguousarray(msk))
@@ -210,6 +217,103 @@ class SegmentationDataset(SegmentationDataset):
         return dict(image=torch.from_numpy(images), mask=torch.from_numpy(masks), index=torch.from_numpy(index),
                     has_ship=torch.from_numpy(self.counts[index] > 0))
 
+# %% ../nbs/06_dataset.ipynb #14b8245b
+class DeviceCache:
+    """Images and masks of a DecodedCache in the memory of a device.
+
+    Parameters
+    ----------
+    cache : DecodedCache.
+    rows : int (n,), which of its images, in the order of their places here.
+    device : torch device, the CPU too.
+    augment : "none", "flips" or "d4", the symmetries that `take` knows.
+    """
+
+    def __init__(self, cache, rows, device, augment="none"):
+        self.size, self.codes, self.device = tuple(cache.size), TURNS[augment], torch.device(device)
+        self.images = torch.empty((len(rows), *self.size, 3), dtype=torch.uint8, device=device)
+        for k in range(0, len(rows), 256): self.images[k:k + 256] = torch.from_numpy(cache.images[rows[k:k + 256]]).to(device)
+        self.bits = torch.from_numpy(cache.bits[rows]).to(device)
+        self.grids = {}
+
+    @staticmethod
+    def nbytes(cache, n):
+        """Memory that `n` images take, bytes."""
+        return n * (cache.images[0].nbytes + cache.bits[0].nbytes)
+
+    def _grid(self, shape):
+        """Where the pixels of a crop lie in its image, as seen from its corner, under each symmetry: int64 (symmetries, height, width)."""
+        if shape not in self.grids:
+            steps = np.arange(shape[0])[:, None] * self.size[1] + np.arange(shape[1])
+            self.grids[shape] = torch.from_numpy(np.stack([turn(steps, code) for code in self.codes])).to(self.device)
+        return self.grids[shape]
+
+# %% ../nbs/06_dataset.ipynb #b9b4114a
+class DeviceCache(DeviceCache):
+    def take(self, places, corners, codes, shape):
+        """Cut and turn a batch.
+
+        Parameters
+        ----------
+        places : int (N,), images by their place here.
+        corners : int (N, 2), row and column of each crop.
+        codes : int (N,), symmetries as `turn` counts them.
+        shape : (height, width) of the crops, pixels.
+
+        Returns
+        -------
+        images uint8 (N, height, width, 3) and masks uint8 (N, height, width), on the device.
+        """
+        where = np.stack([places, np.asarray(corners) @ (self.size[1], 1), [self.codes.index(o) for o in codes]]).astype(np.int64)
+        places, start, kind = self._sent(where)[:, :, None, None]
+        pixel = self._grid(tuple(shape))[kind[:, 0, 0]] + start                              # in its own image
+        images = self.images.view(-1, 3).index_select(0, (places * (self.size[0] * self.size[1]) + pixel).flatten())
+        octets = self.bits.view(-1)[places * self.bits.shape[1] + (pixel >> 3)]
+        return images.view(*pixel.shape, 3), octets >> (7 - (pixel & 7)).to(torch.uint8) & 1
+
+    def _sent(self, array):
+        """An array as a tensor on the device; nothing waits for the copy."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
+# %% ../nbs/06_dataset.ipynb #37f3a729
+class DeviceDataset(SegmentationDataset):
+    """A SegmentationDataset whose batches are made in a device's memory: the same bits. Image and mask are there; index and has_ship, which the loop reads, stay with the processor.
+
+    Parameters
+    ----------
+    dataset : SegmentationDataset with a cache and without `transform`, which works image by image on the processor.
+    device : torch device.
+    """
+
+    def __init__(self, dataset, device):
+        if dataset.cache is None or dataset.transform is not None: raise ValueError("a dataset on the device needs a decoded cache, and no transform; leave it on the processor")
+        self.__dict__ |= vars(dataset)
+        self.store = DeviceCache(self.cache, self.cache_rows, device, self.augment)
+
+    def __getitems__(self, indices):
+        mask = (lambda i: self.cache.mask(self.cache_rows[i])) if self.crop and self.crop_on_ship else (lambda i: np.broadcast_to(np.uint8(0), self.size))
+        draws = [self._draw(i, mask(i))[:3] for i in indices]
+        index = np.asarray(indices, np.int64)
+        images, masks = self.store.take(index, [o[:2] for o in draws], [o[2] for o in draws], self.shape)
+        return dict(image=images, mask=masks, index=torch.from_numpy(index), has_ship=torch.from_numpy(self.counts[index] > 0))
+
+# %% ../nbs/06_dataset.ipynb #889572c7
+def free_memory(device):
+    """Bytes of a CUDA device that nobody uses; 0 for any other device."""
+    device = torch.device(device)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def on_device(dataset, device, share=0.5):
+    """Return the dataset as a DeviceDataset when its images take at most `share` (0..1) of the device's free memory, else as it is.
+
+    It stays as it is without a cache, with a `transform`, and on the CPU, whose memory the cache is mapped into already.
+    """
+    if dataset.cache is None or dataset.transform is not None: return dataset
+    fits = DeviceCache.nbytes(dataset.cache, len(dataset)) <= share * free_memory(device)
+    return DeviceDataset(dataset, device) if fits else dataset
+
 # %% ../nbs/06_dataset.ipynb #37fb16cc
 def collate(batch):
     """The identity for a batch that `__getitems__` made; a list of items is stacked."""
@@ -223,10 +327,16 @@ def make_loader(dataset, batch_sampler=None, batch_size=16, workers=0, seed=0):
     """
     order = dict(batch_sampler=batch_sampler) if batch_sampler is not None else dict(batch_size=batch_size, shuffle=False)
     return DataLoader(dataset, **order, collate_fn=collate, num_workers=workers, generator=torch.Generator().manual_seed(seed),
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_available() and not isinstance(dataset, DeviceDataset))
 
 # %% ../nbs/06_dataset.ipynb #2ee69bd1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@lru_cache
+def constant(numbers, device):
+    """Return a tuple of numbers as a float32 tensor on a device, made once: a copy from the host would make each step wait."""
+    with torch.inference_mode(False): return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def to_input(image, device=None):
@@ -243,7 +353,7 @@ def to_input(image, device=None):
     """
     x = image.to(device, non_blocking=True) if device is not None else image
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3: raise ValueError(f"expected uint8 images (N, h, w, 3), got {x.dtype} {tuple(x.shape)}")
-    mean, std = (torch.tensor(o, device=x.device) * 255 for o in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (constant(o, x.device) * 255 for o in (IMAGENET_MEAN, IMAGENET_STD))
     return ((x.float() - mean) / std).permute(0, 3, 1, 2)
 
 

@@ -577,7 +577,7 @@ def small_batch(batch, pixels=2**17):
     if not isinstance(batch, dict) or "mask" not in batch: return batch
     n = max(2, pixels // batch["mask"][0].numel())
     order = batch["mask"].flatten(1).sum(1).argsort(descending=True, stable=True)[:n]
-    return {name: value[order] if torch.is_tensor(value) else [value[i] for i in order.tolist()] for name, value in batch.items()}
+    return {name: value[order.to(value.device)] if torch.is_tensor(value) else [value[i] for i in order.tolist()] for name, value in batch.items()}   # index may lie elsewhere than image and mask
 
 
 def first_batches(loader, number=1):

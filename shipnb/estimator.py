@@ -168,6 +168,7 @@ class ShipSegmenter(BaseEstimator):
     ships_threshold_for_add_augs: int = 0
     skip_nonfinite: int = 0
     deterministic: bool = False
+    compile: bool = False
     random_state: object = 0
     threshold: float = 0.5
     min_area: int = 0

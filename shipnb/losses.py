@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'check_number', 'bce_loss', 'soft_bce_loss', 'focal_loss', 'dice_loss', 'dice_with_loss', 'jaccard_loss',
-           'tversky_loss', 'lovasz_loss', 'make_loss', 'LossBounds', 'loss_bounds']
+           'tversky_loss', 'lovasz_loss', 'make_loss', 'make_counts', 'LossBounds', 'loss_bounds']
 
 # %% ../nbs/11_losses.ipynb #e0f9affb
 import inspect
@@ -230,6 +230,26 @@ def _term(name, setting):
     try: loss(trial, trial)
     except (ValueError, TypeError) as error: raise ValueError(f"loss '{name}': {error}") from error
     return weight, loss, known | options
+
+# %% ../nbs/11_losses.ipynb #90a1c2a9
+def make_counts(weights):
+    """Return `y -> {name: tensor ()}`, over how much each loss of `make_loss` takes its mean, for those for which that is not the images.
+
+    "dice_with" counts pairs of image and class with an object; with `ignore`, pixel losses count pixels and the others pairs with a pixel that counts; each weighs as its class does.
+    Losses of a whole batch (`per="batch"`) are left out: they are no mean.
+    """
+    terms = {name: options for name, (_, _, options) in _terms(weights).items()}
+    chosen = {name: o for name, o in terms.items() if name != "batch_dice" and o.get("per") != "batch" and (name == "dice_with" or o["ignore"] is not None)}
+    return lambda y: {name: _count(name, y, o["class_weights"], o["ignore"]) for name, o in chosen.items()}
+
+
+def _count(name, y, class_weights, ignore):
+    """The summed weights of what a loss takes its mean over, float64 ()."""
+    valid = torch.ones_like(y, dtype=torch.bool) if ignore is None else y != ignore
+    if name == "dice_with": kept = (valid & (y > 0)).flatten(2).any(-1)
+    else: kept = valid if name in ("bce", "soft_bce", "focal") else valid.flatten(2).any(-1)
+    kept = kept.double()
+    return (kept if class_weights is None else kept * _per_class("class_weights", class_weights, kept)).sum()
 
 # %% ../nbs/11_losses.ipynb #83b0c937
 class LossBounds(NamedTuple):

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -23,6 +25,23 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from .files import atomic_path, read_json, write_json
+
+# %% ../nbs/10_models.ipynb #b5dcae09
+class _InOnePiece(torch.autograd.Function):
+    """The identity. Its gradient arrives packed in memory, in the order of axes that it has."""
+    @staticmethod
+    def forward(ctx, x): return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, slope): return slope.contiguous(memory_format=torch.channels_last if slope.stride(1) == 1 else torch.contiguous_format)
+
+
+class _Block(UnetDecoderBlock):
+    """A level of the decoder as it was: the same numbers, to the last bit, and the same names of weights."""
+    def forward(self, feature_map, target_height, target_width, skip_connection=None):
+        x = F.interpolate(feature_map, size=(target_height, target_width), mode=self.interpolation_mode)
+        if skip_connection is not None: x = self.attention1(torch.cat([_InOnePiece.apply(x) if x.requires_grad else x, skip_connection], dim=1))
+        return self.attention2(self.conv2(self.conv1(x)))
 
 # %% ../nbs/10_models.ipynb #146f93dc
 DECODER = (256, 128, 64, 32, 16)   # channels of segmentation_models_pytorch's decoder, from the deepest level up
@@ -52,6 +71,7 @@ def build_unet(encoder="resnet18", encoder_weights="none", in_channels=3, classe
         if published is None: raise
         raise ValueError(f"the weights '{encoder_weights}' of {encoder} could not be downloaded ({type(error).__name__}); "
                          "use encoder_weights='none', or the path of a file of encoder weights") from error
+    for block in model.decoder.blocks: block.__class__ = _Block
     if _is_file(encoder_weights): _load_encoder(model.encoder, encoder_weights)
     if not 0 < prior < 1: raise ValueError(f"prior must lie between 0 and 1, not {prior}")
     if prior != 0.5: torch.nn.init.constant_(model.segmentation_head[0].bias, math.log(prior / (1 - prior)))

@@ -62,10 +62,10 @@ def parameter_groups(model, lr, weight_decay=0.0, groups=None):
 
 # %% ../nbs/13_optim.ipynb #428a30e7
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-FUSED = ("adam", "adamw", "sgd")   # one pass over all parameters, on CPU and CUDA; Adagrad's is for the CPU alone, and a model may move
+FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda"), "adagrad": ("cpu",)}   # where torch updates all parameters in one pass
 
 
-def build_optimizer(name, model, lr, weight_decay=0.0, groups=None, momentum=0.9):
+def build_optimizer(name, model, lr, weight_decay=0.0, groups=None, momentum=0.9, device=None):
     """Return the optimiser `name` over the trainable parameters of `model`.
 
     Parameters
@@ -73,15 +73,17 @@ def build_optimizer(name, model, lr, weight_decay=0.0, groups=None, momentum=0.9
     name : "adam", "adamw" (decoupled weight decay), "rmsprop", "adagrad" or "sgd".
     model, lr, weight_decay, groups : as `parameter_groups`. Freeze before (`freeze`).
     momentum : float in [0, 1), of sgd and rmsprop.
+    device : kind of device that the model will be trained on ("cpu", "cuda"), where torch may have a fused kernel; None knows only that it stays or goes to CUDA.
 
-    Raises ValueError for an unknown name, a value out of range, or a model with nothing to train. Fused kernels are used where torch has them.
+    Raises ValueError for an unknown name, a value out of range, or a model with nothing to train. A checkpoint knows whether its optimiser was fused, and `load_state_dict` goes on that way.
     """
     if name not in OPTIMIZERS: raise ValueError(f"unknown optimiser '{name}'; known are {', '.join(OPTIMIZERS)}")
     check_number("momentum", momentum, lambda o: 0 <= o < 1, "at least 0 and below 1")
     found = parameter_groups(model, lr, weight_decay, groups)
     if not found: raise ValueError("the model has no parameter that is trained: everything is frozen")
     options = {"momentum": momentum} if name in ("sgd", "rmsprop") else {}
-    fused = name in FUSED and all(o.device.type in ("cpu", "cuda") and o.is_floating_point() for group in found for o in group["params"])
+    kinds = {o.device.type for group in found for o in group["params"]} | ({"cuda"} if device is None else {str(device)})
+    fused = kinds <= set(FUSED.get(name, ())) and all(o.is_floating_point() for group in found for o in group["params"])
     return OPTIMIZERS[name](found, lr=lr, **options, **({"fused": True} if fused else {}))
 
 # %% ../nbs/13_optim.ipynb #353e41e9
@@ -300,17 +302,27 @@ def build_schedule(name, optimizer, steps, **options):
     return SCHEDULES[name](optimizer, steps, **options)
 
 # %% ../nbs/13_optim.ipynb #bd324ec7
+class _Average(AveragedModel):
+    """torch's AveragedModel with a decay that rises. Its counter lies on the processor and is read there; the update is one call for all tensors."""
+    def __init__(self, model, decay):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        n = int(self.n_averaged)
+        pairs = [(mine, other.detach()) for one, two in ((self.module.parameters(), model.parameters()), (self.module.buffers(), model.buffers())) for mine, other in zip(one, two, strict=True)]
+        smooth = [o for o in pairs if n and o[0].is_floating_point()]
+        if smooth: torch._foreach_lerp_(*map(list, zip(*smooth)), 1 - min(self.decay, (1 + n) / (10 + n)))
+        for mine, other in pairs:
+            if not (n and mine.is_floating_point()): mine.copy_(other)
+        self.n_averaged += 1
+
+
 def moving_average(model, decay):
     """Return an AveragedModel of `model`: after step n its weights and buffers are d average + (1 - d) model, d = min(decay, (1 + n) / (10 + n)).
 
     ValueError unless 0 < decay < 1. The rising decay is that of TensorFlow's ExponentialMovingAverage(num_updates=...).
     """
     if not 0 < decay < 1: raise ValueError(f"ema must lie between 0 and 1, not {decay}")
-
-    @torch.no_grad()
-    def average(averaged, current, n):
-        share = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
-        for a, c in zip(averaged, current): a.lerp_(c, share) if a.is_floating_point() else a.copy_(c)
-
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
-
+    return _Average(model, decay).requires_grad_(False)

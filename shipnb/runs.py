@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'NOT_RUN', 'BAD_INPUT', 'REMEDIES', 'LEDGER_HEADER', 'STUDY', 'MINUTES', 'RESULTS', 'REPORT_STYLE',
-           'MACHINE_PATH', 'app', 'Given', 'Files', 'Force', 'Echo', 'FETCH_HEADER', 'load_notebook', 'cell_source',
-           'Parameter', 'read_parameters', 'check_value', 'check_parameters', 'parse_text', 'read_overrides',
-           'find_overrides', 'overrides_notebook', 'runnable_notebooks', 'find_notebook', 'cells_hash', 'code_hash',
-           'environment', 'Interrupted', 'NotebookFailed', 'execute', 'default_name', 'run_notebook', 'ledger',
-           'format_table', 'Step', 'study_plan', 'estimate_minutes', 'run_study', 'study_table', 'report_html',
-           'machine_paths', 'refresh', 'sample_command', 'fetch_command', 'papermill_command', 'run_command',
-           'study_command', 'predict_command', 'runs_command', 'figures_command', 'main']
+           'MACHINE_PATH', 'app', 'Given', 'Files', 'Force', 'Echo', 'RUN_ONLY', 'FETCH_HEADER', 'load_notebook',
+           'cell_source', 'Parameter', 'read_parameters', 'check_value', 'check_parameters', 'parse_text',
+           'read_overrides', 'find_overrides', 'overrides_notebook', 'runnable_notebooks', 'find_notebook',
+           'cells_hash', 'code_hash', 'environment', 'Interrupted', 'NotebookFailed', 'execute', 'default_name',
+           'run_notebook', 'ledger', 'format_table', 'Step', 'study_plan', 'estimate_minutes', 'run_study',
+           'study_table', 'report_html', 'machine_paths', 'refresh', 'sample_command', 'train_command', 'fetch_command',
+           'papermill_command', 'run_command', 'study_command', 'predict_command', 'runs_command', 'figures_command',
+           'main']
 
 # %% ../nbs/40_runs.ipynb #797e765c
 import ast
@@ -1143,6 +1144,54 @@ def sample_command(
     if root == project_root()/"data"/"sample": fleet.sample(**choices)   # the notebooks ask for the same
     else: build_once(root, f"{images} images of seed {seed}", lambda temp: fleet.make_fleet(temp, workers=workers or None, **choices), replace=False)
     print(f"{images} images with labels are in {_portable(root)}")
+
+# %% ../nbs/40_runs.ipynb #eed19fe1
+RUN_ONLY = ("out", "keep_every", "train_scores", "board_images", "histograms", "examine")   # what the notebook does beside training
+
+
+@app.command("train")
+def train_command(
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for checkpoints, logs and the model.")],
+    parameter: Given = None,
+    file: Files = None,
+):
+    """Train a segmenter without a notebook: alone, or as one of the processes that torchrun starts.
+
+    Takes the parameters of 20_training. The first process writes; an unfinished training is continued.
+
+    \b
+    Examples:
+      torchrun --nproc-per-node 4 --no-python shipnb train -f airbus-plain -p data /data/airbus --out runs/four
+    """
+    parameters, given = read_parameters(find_notebook("20_training")), {}
+    for one in file or []: given.update(read_overrides(one, "20_training"))
+    pairs = dict(_pairs(parameter))
+    check_parameters(parameters, {name: text for name, text in pairs.items() if name not in parameters})
+    given.update((name, parse_text(parameters[name], text)) for name, text in pairs.items())
+    idle = [name for name in given if name in RUN_ONLY]
+    if idle: raise ValueError(f"shipnb train has no parameter {idle[0]}: that is the notebook's, see shipnb run training")
+    values = check_parameters(parameters, given)
+    _check_folders(parameters, given)
+    return _train({name: o for name, o in values.items() if name not in RUN_ONLY}, Path(out).absolute())
+
+
+def _train(values, folder):
+    """Train with the values of all parameters; the exit code."""
+    from shipnb.catalog import read_airbus
+    from shipnb.fleet import sample
+    from shipnb.parallel import processes
+    from shipnb.training import Recipe, split_by, train_model
+    data, preset = values.pop("data"), values.pop("preset_name")
+    how = {name: values.pop(name) for name in ("valid", "fold", "folds", "evaluate_every", "save_every", "devices")}
+    recipe, catalog = Recipe(preset=preset, **values), read_airbus(resolve(data) if data else sample())
+    catalog.check()
+    parts = split_by(catalog, how["valid"], how["fold"], how["folds"], recipe.seed)
+    first = processes()[0] == 0
+    with _run_lock(folder) if first else contextlib.nullcontext():
+        learner = train_model(catalog, parts, recipe, folder, how["evaluate_every"], save_every=how["save_every"], devices=how["devices"])
+    scores = {name: value for name, value in learner.history[-1].items() if name in ("dice_with", "dice", "valid_loss")}
+    if first: print(f"{folder}/model: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    return _say_bad(catalog.bad) if first else 0
 
 # %% ../nbs/40_runs.ipynb #51e47e5c
 @app.command("fetch")

@@ -1,5 +1,6 @@
 """The plain ways of nbs/studies/benchmarks give what the package gives. Nothing here looks at a clock."""
 import json
+import linecache
 import os
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def definitions():
     names = {}
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []): break
-        if cell["cell_type"] == "code": exec("".join(cell["source"]), names)
+        if cell["cell_type"] != "code": continue
+        name, lines = f"<cell {cell['id']}>", "".join(cell["source"]).splitlines(keepends=True)
+        linecache.cache[name] = len(cell["source"]), None, lines, name      # the workers' programs are made of these sources
+        exec(compile("".join(lines), name, "exec"), names)
     exec(names["IMPORTS"], names)
     return names
 
@@ -136,22 +140,39 @@ def test_plain_images_are_decoded_in_rgb(catalog):
 def test_the_plain_loader_gives_the_same_normalised_pixels(catalog):
     """albumentations' Resize and Normalize, item by item, against `to_input` of the same resized pixels."""
     assert albumentations is plain["A"]
-    (x, y), = plain["plain_loader"](catalog, (32, 32), 4)
+    (x, y), = plain["plain_loader"](catalog, (32, 32), [[0, 1, 2, 3]], turned=False)
     paths = [str(catalog.path(i)) for i in range(4)]
     assert torch.allclose(x, dataset.to_input(plain["plain_images"](paths, (32, 32))), atol=1e-4)
     assert (y[:, 0].numpy() == np.stack([plain["plain_joined_mask"](catalog.rles(i), (96, 96), (32, 32)) for i in range(4)])).all()
     assert [int(o.sum() > 0) for o in y] == [1, 1, 1, 0]
 
 
-def test_both_steps_train_the_same_network(catalog, cache):
-    """The first two losses from the same weights on the same batch: float32 against bfloat16."""
-    losses = {}
+def test_the_plain_loader_turns_image_and_mask_together_as_ours_does(catalog, cache):
+    """Each of the plain way's items is one of the eight symmetries of the untouched one; several of them turn up."""
+    (x, y), = plain["plain_loader"](catalog, (32, 32), [[0, 1, 2, 3]], turned=False)
+    codes = set()
+    for _ in range(6):
+        for k, (img, msk) in enumerate(zip(*next(iter(plain["plain_loader"](catalog, (32, 32), [[0, 1, 2, 3]]))))):
+            fits = [c for c in range(8) if (dataset.turn(x[k].permute(1, 2, 0).numpy(), c) == img.permute(1, 2, 0).numpy()).all()]
+            assert len(fits) == 1 and (dataset.turn(y[k, 0].numpy(), fits[0]) == msk[0].numpy()).all()
+            codes |= set(fits)
+    assert len(codes) > 4
+    torch.manual_seed(0)
+    ours = plain["prepare"]("fast", catalog, cache.folder, (32, 32), [[0, 1, 2, 3]], "cpu")[1]
+    assert ours.dataset.augment == "d4" and list(ours.batch_sampler) == [[0, 1, 2, 3]]
+
+
+def test_both_ways_train_and_evaluate_the_same_network(catalog, cache):
+    """The first losses and evaluations from the same weights on the same batch: float32 against bfloat16."""
+    losses, scores = {}, {}
     for way in ("plain", "fast"):
         torch.manual_seed(0)
-        step, loader, first = plain["prepare"](way, catalog, cache.folder, (32, 32), 4, "cpu")
-        losses[way] = [step(first), step(first)]
-        assert len(next(iter(loader))) > 1
+        step, loader, first, evaluate = plain["prepare"](way, catalog, cache.folder, (32, 32), [[0, 1, 2, 3]] * 2, "cpu")
+        scores[way] = evaluate()
+        losses[way] = [float(step(first)), float(step(first))]
+        assert len(list(loader)) == 2
     assert losses["plain"] == pytest.approx(losses["fast"], rel=0.02)
+    assert scores["plain"][0] == pytest.approx(scores["fast"][0], rel=0.02) and scores["plain"][1] == pytest.approx(scores["fast"][1], abs=0.02)
     assert losses["plain"][1] < losses["plain"][0] and losses["fast"][1] < losses["fast"][0]
 
 
@@ -162,7 +183,7 @@ def test_the_fast_step_is_what_training_does(catalog, cache):
     for way in ("benchmark", "epoch"):
         torch.manual_seed(0)
         model = models.build_unet("resnet18")
-        if way == "benchmark": plain["fast_training"](model, "cpu")(items.__getitems__(list(next(iter(sampler())))))
+        if way == "benchmark": plain["fast_training"](model, "cpu")[0](items.__getitems__(list(next(iter(sampler())))))
         else:
             learner = training.Learner(model, tasks.segmentation_task("bce"), optim.build_optimizer("adam", model, 1e-4), precision="bf16-mixed", device="cpu")
             assert len(list(learner.epochs(1, dataset.make_loader(items, sampler())))) == 1
@@ -179,3 +200,34 @@ def test_calls_alternate_and_ratios_are_taken_pair_by_pair():
     assert (row["ratio"], row["lowest"], row["highest"], row["ratio_cpu"]) == (2, 1, 3, 8)
     assert (row["plain_ms"], row["ours_ms"], row["n"], row["repetitions"], row["target"]) == (400, 200, 10, 3, 2)
     assert plain["compare"](made, 10, ways=(1, 2))["ratio"] == 4.5
+
+
+def test_the_loop_over_thresholds_and_sizes_gives_the_surface():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((3, 32, 32), np.int32)
+    labels[0, 4:9, 3:20], labels[1, 20:24, 8:12] = 1, 1
+    logits = np.stack([plain["glow"](o, rng) if "glow" in plain else 8.0 * (o > 0) - 4 + rng.normal(0, 2, o.shape) for o in labels]).astype(np.float32)
+    whole = thresholds.surface(plain["make_evidence"](logits, labels, -8.0), "every")
+    edges, sizes = np.float32([-7, -2.5, 0, 3]), [0, 1, 3, 10, 5000]
+    for once in (False, True):
+        scores = plain["loop_scores"](logits, labels, edges, sizes, once)
+        for i, edge in enumerate(edges):
+            for j, size in enumerate(sizes):
+                cell = np.searchsorted(whole.logits, edge), min(np.searchsorted(whole.min_areas, size), len(whole.min_areas) - 1)
+                assert scores[i, j] == pytest.approx([whole.dice[cell], whole.f2[cell]], abs=1e-12)
+
+
+def test_workers_answer_every_question(catalog, cache):
+    """Two processes, both ways, every question of the notebook."""
+    seconds, first = plain["compare_training"](str(catalog.root.parent), str(cache.folder), (32, 32), 2, 3, 0, "cpu", repetitions=1, questions=("next", "evaluate", "epoch"))
+    assert {line: o.shape for line, o in seconds.items()} == dict.fromkeys(("next", "evaluate", "epoch"), (2, 1, 2, 2)) and set(first) == {"evaluate", "first"}
+    assert all((o[1, ..., 0] >= o[0, ..., 0]).all() and (o > 0).all() for o in seconds.values()), "data and step take longer than the step"
+
+
+def test_bytes_and_operations_of_a_step_are_counted():
+    x, weight = torch.zeros(4, 8), torch.zeros(8, 2)
+    with plain["Traffic"]() as traffic: (x @ weight).t()
+    assert traffic.bytes == 4 * (32 + 16 + 8)
+    small, large = (plain["bounds"](2, side, "cpu") for side in (32, 64))      # one image of 32 leaves batch norm a single value
+    assert large["flops"] == pytest.approx(4 * small["flops"], rel=0.01) and set(small) == {"flops", "bytes"}
+    assert plain["peak_rate"]("cpu", 64, torch.float32, 2) > 0 and plain["peak_bandwidth"]("cpu", 2**16, 2) > 0

@@ -1,5 +1,6 @@
 """Notebooks in the real JupyterLab: a browser opens them, Run All runs them to the end without an edit."""
 import csv
+import json
 import os
 import re
 import shutil
@@ -293,3 +294,132 @@ def test_curves_are_redrawn_in_place_and_tensorboard_opens_in_the_notebook(lab, 
     finally:
         page.close()
         end_boards(checkout/"runs"/"board")
+
+
+# --- threshold_explorer: what a person does with it
+
+ASK = """async code => {
+    const future = jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code, store_history: false});
+    let text = '';
+    future.onIOPub = message => { text += message.content.text ?? message.content.evalue ?? ''; };
+    await future.done;
+    return text;
+}"""
+BY_HAND = """import json, matplotlib
+from shipnb.metrics import dice, object_counts, object_f2
+maps = [keep(levels[o.image], {logit}, {area}) for o in evidence.records]
+both = [object_counts(*o) for o in zip(maps, truths)]
+found, true, kept = sum(int(o[2][0]) for o in both), sum(o[1] for o in both), sum(o[0] for o in both)
+print(json.dumps(dict(dice=float(np.mean([dice(p > 0, t > 0) for p, t in zip(maps, truths)])), f2=float(np.mean([object_f2(*o) for o in zip(maps, truths)])),
+                      found=found, missed=true - found, false=kept - found, missed_in=[int(o[1] - o[2][0]) for o in both],
+                      false_in=[int(o[0] - o[2][0]) for o in both], backend=matplotlib.get_backend())))"""
+
+DRAWN = """import json
+seen = [o for o in Out.values() if isinstance(o, ThresholdExplorer)][0].canvas
+print(json.dumps([*np.asarray(seen.buffer_rgba()).shape[1::-1], *map(int, np.asarray(seen.buffer_rgba()).astype(np.int64).reshape(-1, 4).sum(0)),
+                  int((np.asarray(seen.buffer_rgba()).astype(np.int64).reshape(-1, 4)[:, 0] * (np.arange(seen.figure.bbox.width * seen.figure.bbox.height) % 9973)).sum())]))"""
+SEEN = """() => {
+    const canvas = document.querySelector('.shipnb-thresholds .jupyter-matplotlib-canvas-div canvas'), {width, height} = canvas;
+    const pixels = canvas.getContext('2d').getImageData(0, 0, width, height).data, sums = [0, 0, 0, 0];
+    let places = 0;
+    for (let i = 0; i < pixels.length; i++) sums[i % 4] += pixels[i];
+    for (let i = 0; i < pixels.length; i += 4) places += pixels[i] * (i / 4 % 9973);
+    return [width, height, ...sums, places];
+}"""
+
+
+def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
+    """Sliders, the surface, the steps: what is shown at a setting is what thresholding, labelling and matching give in the same kernel."""
+    page, complaints = browser.new_page(viewport=dict(width=1500, height=1250)), []
+    page.set_default_timeout(1000 * SECONDS)
+    look = lambda name: page.screenshot(path=tmp_path/f"{name}.png")
+    try:
+        nb = run_all(page, f"{lab}/lab/tree/nbs/30d_explorer.ipynb?reset")
+        assert not [o["evalue"] for cell in nb["cells"] if cell["cell_type"] == "code" for o in cell["outputs"] if o["output_type"] == "error"]
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        tool = page.locator(".shipnb-thresholds")
+        tool.scroll_into_view_if_needed()
+        text = lambda: re.sub(r"\s+", " ", tool.inner_text())
+        cell = lambda name, column=1: tool.locator(".shipnb-table tr").filter(has_text=re.compile(f"^{name}")).first.locator("td").nth(column).inner_text()
+        logit = lambda: float(re.search(r"log-odds ([-\d.]+)", text())[1])
+        area = lambda: int(re.search(r"smallest area (\d+) px", text())[1])
+        photo = lambda: page.evaluate("() => { const o = document.querySelector('.shipnb-photo img'); return o.complete && o.naturalWidth ? [o.src, o.naturalWidth, o.naturalHeight] : null; }")
+        name = lambda: tool.get_by_role("spinbutton").input_value()
+
+        def agrees():
+            """The table is that of the setting that is shown."""
+            page.wait_for_function(READY)
+            hand = json.loads(page.evaluate(ASK, BY_HAND.format(logit=logit(), area=area())))
+            until(lambda: cell("Dice"), f"{hand['dice']:.4f}")
+            until(lambda: cell("object F2"), f"{hand['f2']:.4f}")
+            assert cell("objects found").startswith(f"{hand['found']} of ") and (cell("missed"), cell("false alarms")) == (str(hand["missed"]), str(hand["false"]))
+            return hand
+
+        def surface_is_current():
+            """The canvas holds, pixel for pixel, what the kernel drew last."""
+            page.wait_for_function(READY)
+            drawn = json.loads(page.evaluate(ASK, DRAWN))
+            until(lambda: page.evaluate(SEEN), drawn)
+
+        until(photo, lambda o: o and o[1:] == [512, 512])
+        assert "inline" in agrees()["backend"]      # ipympl draws the surface, and no other figure
+        look("begin")
+
+        # the threshold, dragged: everything follows while the button is down
+        handle = tool.locator(".noUi-handle").first.bounding_box()
+        before, seen = (logit(), cell("Dice"), photo()[0]), []
+        page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+        page.mouse.down()
+        for step in (15, 30, 45, 60):
+            page.mouse.move(handle["x"] + step, handle["y"] + handle["height"] / 2)
+            until(logit, lambda o: o not in seen and o > before[0])
+            seen.append(logit())
+        page.mouse.up()
+        assert seen == sorted(seen) and len(set(seen)) == 4
+        until(photo, lambda o: o and o[0] != before[2])
+        agrees()
+        surface_is_current()
+        look("dragged")
+
+        # a click on the surface: there, and back
+        canvas = tool.locator(".jupyter-matplotlib-canvas-div canvas").last
+        box = canvas.bounding_box()
+        click = lambda x, y: page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        click(.3, .75)
+        until(logit, lambda o: o < before[0])
+        low, few = logit(), area()
+        agrees()
+        click(.45, .25)
+        until(logit, lambda o: o > low)
+        until(area, lambda o: o > few)
+        agrees()
+        surface_is_current()
+        look("clicked")
+
+        # misses and false alarms: the images that have them, in order, from the setting at hand
+        click(.3, .75)
+        until(logit, low)
+        hand = agrees()
+        for kind, button in (("missed", "next image with a miss"), ("false", "next image with a false alarm")):
+            here, with_one = int(name()) - 1, [i for i, o in enumerate(hand[f"{kind}_in"]) if o]
+            wanted = ([i for i in with_one if i > here] or with_one)[0]
+            tool.get_by_role("button", name=button).click()
+            until(name, str(wanted + 1))
+            until(lambda: [cell("missed", 2), cell("false alarms", 2)], [str(hand[o][wanted]) for o in ("missed_in", "false_in")])
+        here = photo()[0]
+        tool.get_by_role("combobox").first.select_option("4 times")
+        until(photo, lambda o: o and o[0] != here and o[1:] == [560, 560])
+        tool.get_by_role("button", name="next miss").click()
+        until(lambda: int(cell("missed", 2)), lambda o: o > 0)
+        look("zoomed")
+
+        # another objective: its surface, its best setting
+        tool.get_by_role("combobox").nth(1).select_option("object F2")
+        tool.get_by_role("button", name="go to the best").click()
+        until(logit, lambda o: o != low)
+        agrees()
+        surface_is_current()
+        look("best")
+        assert not complaints
+    finally: page.close()

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from shipnb.catalog import read_airbus
-from shipnb.dataset import DecodedCache, SegmentationDataset, collate, make_loader, read_item, shrink, to_input, turn
+from shipnb import dataset as module
+from shipnb.dataset import DecodedCache, DeviceCache, DeviceDataset, SegmentationDataset, collate, constant, make_loader, on_device, read_item, shrink, to_input, turn
 from shipnb.masks import rle_encode
 
 
@@ -130,3 +131,59 @@ def test_wrong_settings_are_refused(root, tmp_path):
     with pytest.raises(ValueError, match="square"): SegmentationDataset(catalog, (32, 64), augment="d4")
     cache = DecodedCache.open(catalog.subset([0, 1]), (32, 32), tmp_path/"cache")
     with pytest.raises(ValueError, match="lacks 4 images"): SegmentationDataset(catalog, (32, 32), cache)
+
+
+@pytest.mark.parametrize("augment, size, crop, on_ship", [("none", (32, 32), 0, 0), ("d4", (32, 32), 0, 0), ("flips", (21, 33), 0, 0), ("none", (21, 33), 0, 0),   # 693 pixels: the last octet of a mask is not full
+                                                          ("d4", (33, 33), 16, 0.0), ("d4", (32, 32), 13, 0.7), ("flips", (21, 33), 16, 1.0), ("d4", (32, 32), 32, 1.0)])
+def test_batches_on_a_device_are_the_processor_s(root, tmp_path, augment, size, crop, on_ship):
+    """The same bits for the same (seed, epoch, position), of a part of a cache in another order."""
+    whole = read_airbus(root)
+    cache = DecodedCache.open(whole, size, tmp_path/"cache")
+    plain = SegmentationDataset(whole.subset([5, 1, 2, 3]), size, cache, augment, crop, on_ship, seed=7)
+    there, seen = DeviceDataset(plain, "cpu"), set()
+    for epoch in range(15):
+        for o in (plain, there): o.set_epoch(epoch)
+        for indices in ([0, 3, 1], [2], [3, 3, 0, 2, 1]):
+            mine, other = plain.__getitems__(indices), there.__getitems__(indices)
+            assert mine.keys() == other.keys()
+            for name in mine: assert mine[name].dtype == other[name].dtype and torch.equal(mine[name], other[name]), name
+        seen.add(mine["image"].numpy().tobytes())
+    assert len(seen) == 1 if augment == "none" else len(seen) > 10
+    batches = [list(make_loader(o, [[0, 3], [1]])) for o in (plain, there)]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(*batches) for k in a)
+
+
+@pytest.mark.parametrize("code", range(8))
+def test_each_symmetry_on_a_device_is_its_own(root, tmp_path, code):
+    """`take` with one code against torch's own turns of the whole image: independent of `turn`."""
+    catalog = read_airbus(root)
+    cache = DecodedCache.open(catalog, (32, 32), tmp_path/"cache")
+    store = DeviceCache(cache, np.array([3, 0]), "cpu", "d4")
+    images, masks = store.take([0, 1, 0], [[2, 5]] * 3, [code] * 3, (20, 20))
+    for k, row in enumerate((3, 0, 3)):
+        for got, array in ((images, cache.images[row]), (masks, cache.mask(row))):
+            want = torch.rot90(torch.from_numpy(np.array(array[2:22, 5:25])), code % 4, (0, 1))
+            assert torch.equal(got[k], want.flip(1) if code >= 4 else want)
+    assert masks[0].any() and masks.max() == 1
+
+
+def test_a_cache_goes_to_a_device_when_it_fits(root, tmp_path, monkeypatch):
+    catalog = read_airbus(root)
+    cache = DecodedCache.open(catalog, (32, 32), tmp_path/"cache")
+    plain, needed = SegmentationDataset(catalog, (32, 32), cache), 6 * (32 * 32 * 3 + 32 * 32 // 8)
+    assert DeviceCache.nbytes(cache, 6) == needed
+    store = DeviceCache(cache, np.arange(6), "cpu")
+    assert store.images.nbytes + store.bits.nbytes == needed
+    assert on_device(plain, "cpu") is plain, "the CPU has the cache already"
+    for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr(module, "free_memory", lambda device, free=free: free)
+        assert isinstance(on_device(plain, "cpu"), DeviceDataset) == fits
+    monkeypatch.setattr(module, "free_memory", lambda device: 1e12)
+    for other in (SegmentationDataset(catalog, (32, 32)), SegmentationDataset(catalog, (32, 32), cache, transform=lambda **o: o)):
+        assert on_device(other, "cpu") is other
+        with pytest.raises(ValueError, match="needs a decoded cache, and no transform"): DeviceDataset(other, "cpu")
+
+
+def test_numbers_on_a_device_are_made_once():
+    with torch.inference_mode(): numbers = constant((0.25, 3.0), torch.device("cpu"))
+    assert numbers is constant((0.25, 3.0), torch.device("cpu")) and numbers.tolist() == [0.25, 3.0] and not numbers.is_inference()

@@ -68,7 +68,7 @@ def test_scikit_learns_checks_all_pass():
 
 def test_parameters_are_those_of_the_recipe():
     mine, recipe = ShipSegmenter().get_params(), {o.name for o in dataclasses.fields(Recipe)}
-    assert recipe - set(mine) == {"seed", "patience"}
+    assert recipe - set(mine) == {"seed", "patience", "sync_batchnorm"}
     assert set(mine) - recipe == {"random_state", "threshold", "min_area", "device", "verbose"}
     assert ShipSegmenter()._recipe() == Recipe() and ShipSegmenter().set_params(lr=1, random_state=5)._recipe() == Recipe(lr=1, seed=5)
 
@@ -178,7 +178,7 @@ def test_pickle_in_another_process(fitted, data, tmp_path):
     code = ("import pickle, numpy as np; m = pickle.load(open('model.pickle', 'rb'))\n"
             "np.save('p.npy', m.predict_proba(np.load('x.npy'))); assert m.set_params(lr=1).lr == 1")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300, capture_output=True)
-    assert np.array_equal(np.load(tmp_path/"p.npy"), fitted.predict_proba(X))
+    assert np.allclose(np.load(tmp_path/"p.npy"), fitted.predict_proba(X), rtol=1e-5, atol=0)     # the weights are equal, below; another process may sum in another order
     assert b"torch" not in pickle.dumps(fitted).replace(b'"torch"', b"").split(b"model_")[0]
     again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fitted))))
     assert same_weights(again.model_, fitted.model_) and again.get_params() == fitted.get_params() and again.history_ == fitted.history_

@@ -96,9 +96,56 @@ def test_a_name_is_no_prefix_of_another():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fused_where_torch_has_it(name):
-    opt = build_optimizer(name, nn.Linear(1, 1), 0.1)
-    assert bool(opt.defaults.get("fused")) == (name in FUSED)
-    assert not build_optimizer(name, nn.Linear(1, 1, device="meta"), 0.1).defaults.get("fused")
+    fused = lambda device, of="cpu": bool(build_optimizer(name, nn.Linear(1, 1, device=of), 0.1, device=device).defaults.get("fused"))
+    assert [fused(None), fused("cpu"), fused("cuda")] == {"rmsprop": [False] * 3, "adagrad": [False, True, False]}.get(name, [True] * 3)
+    assert not fused(None, "meta") and not fused("mps") and set(FUSED) == set(OPTIMIZERS) - {"rmsprop"}
+
+
+def some_steps(model, opt, first, n):
+    """Steps number `first` to `first + n - 1` on random batches of their own."""
+    for k in range(first, first + n):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(k))
+        opt.zero_grad()
+        (model(x).sin() * x.cos()).mean().backward()
+        opt.step()
+    return torch.cat([o.detach().flatten() for o in model.parameters()])
+
+
+def layers(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 6))
+
+
+def unfused(name, model):
+    """The optimiser as torch gives it by itself."""
+    return OPTIMIZERS[name](model.parameters(), lr=0.01, weight_decay=0.0, foreach=False, **({"momentum": 0.9} if name == "sgd" else {}))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_kernel_does_what_the_plain_one_does(name):
+    fused, plain = layers(), layers()
+    ours = some_steps(fused, build_optimizer(name, fused, 0.01, device="cpu"), 0, 20)
+    theirs = some_steps(plain, unfused(name, plain), 0, 20)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) and not torch.allclose(ours, torch.cat([o.detach().flatten() for o in layers().parameters()]), atol=1e-3)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_checkpoint_goes_on_as_it_was_made(name, before, tmp_path):
+    """Bit-equal, whether its optimiser was fused (as now) or not (as Adagrad's were)."""
+    make = lambda model: build_optimizer(name, model, 0.01, device="cpu") if before else unfused(name, model)
+    model = layers()
+    opt = make(model)
+    some_steps(model, opt, 0, 5)
+    torch.save([model.state_dict(), opt.state_dict()], tmp_path/"c.pt")
+    whole = some_steps(model, opt, 5, 5)
+    weights, state = torch.load(tmp_path/"c.pt", weights_only=True)
+    again = layers(1)
+    again.load_state_dict(weights)
+    opt = build_optimizer(name, again, 0.01, device="cpu")
+    opt.load_state_dict(state)
+    assert bool(opt.param_groups[0].get("fused")) == before
+    assert torch.equal(some_steps(again, opt, 5, 5), whole)
 
 
 def test_optimizer_state_round_trips_through_a_weights_only_file(small):

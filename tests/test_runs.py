@@ -429,7 +429,7 @@ def test_commands_answer_bad_input_with_one_sentence_and_code_2(project, capsys)
 def test_usage_errors_have_code_2_and_help_has_examples(capsys):
     assert runs.main(["run"]) == 2 and runs.main(["fly"]) == 2
     capsys.readouterr()
-    for command in ("sample", "run", "study", "predict", "runs", "figures"):
+    for command in ("sample", "run", "train", "study", "predict", "runs", "figures"):
         assert runs.main([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert "Examples:" in text and f"shipnb {command}" in text.split("Examples:")[1]

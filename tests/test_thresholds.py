@@ -14,8 +14,9 @@ from sklearn.metrics import precision_score, recall_score
 
 from shipnb import thresholds
 from shipnb.metrics import dice, iou, object_counts, object_f2, segmentation_scores
-from shipnb.thresholds import (EDGES, SCORES, Evidence, ImageEvidence, OperatingPoint, alive, bin_levels, bootstrap_means, choose, collect_evidence, edge_index,
-                               image_evidence, image_scores, interval, keep, nearest_edge, pixel_curve, surface, surface_counts, true_labels)
+from shipnb.thresholds import (EDGES, IOU_NAMES, SCORE_NAMES, SCORES, SUMS, Evidence, ImageEvidence, OperatingPoint, alive, bin_levels, bootstrap_means, change_areas,
+                               choose, collect_evidence, edge_index, image_evidence, image_parts, image_scores, interval, keep, nearest_edge, noise_region, pixel_curve,
+                               surface, surface_counts, surface_sums, true_labels)
 
 FLOOR = edge_index(-8)
 
@@ -130,7 +131,8 @@ def test_scores_of_a_set_equal_the_metrics_module():
             assert table.dice.tolist() == [dice(p, t) for p, (_, t) in zip(kept, images)]
             assert table.iou.tolist() == [iou(p, t) for p, (_, t) in zip(kept, images)]
             assert table.f2.tolist() == [object_f2(p, t) for p, (_, t) in zip(kept, images)]
-    assert whole.baseline == pytest.approx(segmentation_scores([t * 0 for _, t in images], [t for _, t in images]))
+    nothing = segmentation_scores([t * 0 for _, t in images], [t for _, t in images])
+    assert {key: whole.baseline[key] for key in SCORES} == pytest.approx({key: nothing[key] for key in SCORES})
 
 
 def test_pixel_curve_equals_brute_force_and_the_surface():
@@ -356,7 +358,7 @@ def test_operating_point_round_trip(point):
 
 
 @pytest.mark.parametrize("values, words", [(dict(logit=.01), "no bin edge"), (dict(min_area=3), "no logit"), (dict(logit=0., min_area=1.5), "whole number"),
-                                           (dict(logit=0., gate=.5), "unknown"), (dict(logit=0., threshold=.6), "is not that of logit"), (dict(logit=17.), "no bin edge")])
+                                           (dict(logit=0., door=.5), "unknown"), (dict(logit=0., gate=.01), "no bin edge"), (dict(logit=0., gate_slope=1.), "floor"), (dict(logit=0., total_area=-1), "whole number"), (dict(logit=0., threshold=.6), "is not that of logit"), (dict(logit=17.), "no bin edge")])
 def test_operating_point_refuses(values, words):
     with pytest.raises(ValueError, match=words): OperatingPoint.from_dict(values)
 
@@ -462,3 +464,221 @@ def test_speed_and_size_at_256():
     start = time.process_time()
     surface(evidence, [0, 4, 8, 16, 32, 64])
     assert (time.process_time() - start) / len(maps) < .1
+
+
+# every minimum area at once
+
+def brute_sums(images, edge, min_area, total_area=0, shifts=None, floor=FLOOR):
+    """The sums of one setting: threshold, label with scipy, drop, score with 12_metrics, round to 2^-44, add Python integers."""
+    out = dict.fromkeys(SUMS + IOU_NAMES, 0)
+    for i, (logits, truth) in enumerate(images):
+        k = min(max(edge - (shifts[i] if shifts is not None else 0), floor), 2048)
+        labels, n = ndimage.label(logits >= EDGES[k], np.ones((3, 3)))
+        sizes = np.bincount(labels.ravel(), minlength=n + 1)
+        kept = np.where(np.isin(labels, [c for c in range(1, n + 1) if sizes[c] >= min_area]) & (sizes[1:].sum() >= total_area), labels, 0)
+        n_pred, n_true, hits = object_counts(kept, truth)
+        overlap, pred, true = int(((kept > 0) & (truth > 0)).sum()), int((kept > 0).sum()), int((truth > 0).sum())
+        fixed = lambda value: round(float(value) * 2**44)
+        if n_true:
+            out["dice"] += fixed(dice(kept > 0, truth > 0))
+            out["iou"] += fixed(iou(kept > 0, truth > 0))
+            out["precision"] += fixed(overlap / pred if pred else 0)
+            out["recall"] += fixed(overlap / true)
+            out["f2"] += fixed(object_f2(kept, truth))
+            for name, hit in zip(IOU_NAMES, hits.tolist()): out[name] += fixed(5 * hit / (5 * hit + 4 * (n_true - hit) + (n_pred - hit)))
+        else: out["alarms"] += int(pred > 0)
+        for key, value in dict(overlap=overlap, pred_area=pred, n_pred=n_pred, found=int(hits[0]), hits=int(hits.sum())).items(): out[key] += value
+    return out
+
+
+def half():
+    """IoU exactly 0.5 (no hit) in the upper ship, just above in the lower; two components of equal area; a hole in the levels."""
+    truth, logits = np.zeros((12, 16), np.int32), np.full((12, 16), -12, np.float32)
+    truth[1, 1:5], truth[6, 1:6] = 1, 2
+    logits[1, 1:3], logits[6, 1:4], logits[9, 1:3], logits[9, 6:9] = 2, 2, 2, 1
+    return logits, truth
+
+
+EVERY = dict(mixed=[CASES[o] for o in ("touching", "few_levels", "at_floor", "empty", "one_pixel", "one_ship_pixel", "beyond", "lowest")] + [half()],
+             blobs=[blobs(40, n, n) for n in (0, 1, 4)] + holes(blobs(40, 2, 8)), noise=[noise(18), noise(14, 9, 3), (noise(12)[0], np.zeros((12, 12), np.int32))])
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("total_area, shifted", [(0, False), (9, False), (3, True)])
+def test_every_edge_and_every_minimum_area_equals_brute_force_bit_for_bit(name, total_area, shifted):
+    images = EVERY[name]
+    evidence, rng = Evidence(), np.random.default_rng(0)
+    for i, pair in enumerate(images): evidence.add(str(i), *pair)
+    shifts = rng.integers(-300, 300, len(images)) if shifted else None
+    sizes = change_areas(evidence)
+    sums = surface_sums(evidence.records, sizes, -8, total_area, 0 if shifts is None else shifts, per_iou=True)
+    edges = np.unique(np.clip(np.concatenate([changing_edges(o) + s for (o, _), s in zip(images, shifts if shifted else [0] * len(images))]), FLOOR, 2048))
+    for k in rng.choice(edges, min(25, len(edges)), replace=False):
+        for m in {0, 1, 2, 3, *rng.choice(sizes, 3).tolist(), *(rng.choice(sizes, 2) + 1).tolist()}:
+            j = np.searchsorted(sizes, m)   # the smallest change of at least m; beyond the last nothing is kept
+            got = {key: int(value[k - FLOOR, j]) if j < len(sizes) else 0 for key, value in sums.items()}
+            assert got == brute_sums(images, int(k), m, total_area, shifts), (EDGES[k], m)
+    assert sums["pred_area"][:, -1].max() == 0 and sizes[0] == 0
+
+
+def test_the_sums_do_not_depend_on_order_threads_or_blocks():
+    evidence = evidence_of(9)
+    sizes = change_areas(evidence)
+    whole = surface_sums(evidence.records, sizes, workers=1)
+    parts = [surface_sums([evidence.records[i] for i in o], sizes, workers=3) for o in ([8, 2, 5], [0, 7, 1, 3, 4, 6])]
+    for key, value in whole.items(): assert np.array_equal(value, parts[0][key] + parts[1][key]), key
+
+
+def test_iou_of_exactly_one_half_is_no_hit():
+    logits, truth = half()
+    evidence = Evidence()
+    evidence.add("a", logits, truth)
+    assert image_scores(evidence, 2, 0).found.item() == 1 and image_scores(evidence, 2, 0).hits.item() == 2   # IoU 3/5: 0.50, 0.55
+    whole = surface(evidence, [0, 2, 3], per_iou=True)
+    assert whole.at(2, 0, ["f2_50", "f2_60"]) == pytest.approx({"f2_50": 5 / (5 + 4 + 2), "f2_60": 0}) and whole.at(2, 3, ["object_precision"]) == {"object_precision": 1}
+
+
+def test_scores_with_and_without_ships_and_over_the_set():
+    images = [blobs(40, ships, seed) for seed, ships in enumerate([0, 2, 3, 0, 1])]
+    evidence = Evidence()
+    for i, pair in enumerate(images): evidence.add(str(i), *pair)
+    whole, has = surface(evidence, [0, 6], per_iou=True), evidence.counts > 0
+    for logit in (-7, -2, 1, 16):
+        table = image_scores(evidence, logit, 6)
+        at = whole.at(logit, 6, SCORE_NAMES)
+        for key in ("dice", "iou", "precision", "recall", "f2"):
+            for kind, rows in (("", slice(None)), ("_with", has), ("_without", ~has)): assert at[key + kind] == pytest.approx(table[key][rows].mean(), abs=1e-12), key + kind
+        kept, trues = [keep(o, logit, 6) for o, _ in images], [t for _, t in images]
+        flat, true = (np.concatenate([o.ravel() for o in group]) > 0 for group in (kept, trues))
+        assert at["pixel_precision"] == pytest.approx(precision_score(true, flat, zero_division=1)) and at["pixel_recall"] == pytest.approx(recall_score(true, flat))
+        assert at["pixel_iou"] == pytest.approx((flat & true).sum() / (flat | true).sum())
+        counts = [object_counts(p, t) for p, t in zip(kept, trues)]
+        n_pred, n_true, found = (sum(o) for o in zip(*((a, b, h[0]) for a, b, h in counts)))
+        assert at["object_recall"] == found / n_true and at["object_precision"] == (found / n_pred if n_pred else 1)
+        assert whole.score("cost", (2, 5))[edge_index(logit) - FLOOR, 1] == pytest.approx((2 * (n_pred - found) + 5 * (n_true - found)) / 5)
+        assert np.mean([at[o] for o in IOU_NAMES]) == pytest.approx(at["f2"], abs=1e-12)
+
+
+# the file under attack
+
+def forged(path, evidence, change):
+    """Write an evidence file whose arrays and header `change` altered, with a checksum that fits."""
+    evidence.save(path)
+    with np.load(path) as file: arrays = {key: file[key].copy() for key in file.files}
+    header = json.loads(arrays.pop("header").tobytes())
+    change(header, arrays)
+    header["sha256"] = thresholds._digest(header, arrays)
+    np.savez(path, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+
+
+def poke(name, place, value):
+    def change(header, arrays): arrays[name][0, place] = value
+    return change
+
+
+FORGERIES = dict(
+    cyclic_parents=poke("back", 3, 200), root_in_its_own_past=poke("back", 0, 1), level_not_above=poke("gap", 1, 0), area_of_zero=poke("own", 0, 0), more_area=poke("own", 2, 99),
+    more_overlap=poke("own_overlap", 0, 77), foreign_object=poke("match", 1, 9), histogram=poke("object_counts", 900, 5), object_area=poke("object_areas", 0, 1), height=poke("sizes", 0, 31),
+    images=lambda h, a: h["images"].pop(), twice=lambda h, a: h["images"].__setitem__(1, h["images"][0]), no_text=lambda h, a: h["images"].__setitem__(1, 5), group=lambda h, a: h["groups"].__setitem__(0, 5),
+    gate=lambda h, a: h["gates"].__setitem__(0, "high"), grid=lambda h, a: h.update(grid=[0, -1]), grid_text=lambda h, a: h.update(grid="ab"), floor=lambda h, a: h.update(floor=.3), floor_list=lambda h, a: h.update(floor=[1]),
+    no_floor=lambda h, a: h.pop("floor"), no_image=lambda h, a: h.update(images=None), data=lambda h, a: h.update(data=None), short=lambda h, a: a.update(own=a["own"][:, :-1]), planes=lambda h, a: a.update(own=np.vstack([a["own"]] * 3)),
+    negative=lambda h, a: a.update(own=a["own"].astype(np.int64) - 50), floats=lambda h, a: a.update(own=a["own"] * .5), flat=lambda h, a: a.update(gap=a["gap"].ravel()), huge=lambda h, a: a.update(own=np.vstack([a["own"][:1]] * 8) | 255),
+    extra=lambda h, a: a.update(more=np.zeros(3, np.uint8)), missing=lambda h, a: a.pop("match"), list_header=None, deep_header=None, pickled=None)
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forgery_with_a_right_checksum_is_refused_in_one_sentence(tmp_path, name):
+    evidence, path = evidence_of(4), tmp_path/"forged.npz"
+    if FORGERIES[name]: forged(path, evidence, FORGERIES[name])
+    else:
+        evidence.save(path)
+        with np.load(path) as file: arrays = {key: file[key] for key in file.files}
+        header = dict(list_header=b"[1, 2]", deep_header=b"[" * 100_000, pickled=None)[name]
+        np.savez(path, **arrays | {"header": np.frombuffer(header, np.uint8) if header else np.array([dict(a=1)], object)})
+    with pytest.raises(ValueError, match="forged.npz is not a whole evidence file") as caught: Evidence.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_what_a_file_claims_is_looked_at_before_it_is_unpacked(tmp_path, monkeypatch):
+    """A bomb of zeros, and a header that promises a terabyte: refused without the memory."""
+    import tracemalloc, zipfile
+    evidence_of(2).save(tmp_path/"good.npz")
+    with zipfile.ZipFile(tmp_path/"good.npz") as old, zipfile.ZipFile(tmp_path/"bomb.npz", "w", zipfile.ZIP_DEFLATED) as new:
+        for o in old.namelist():
+            if o != "own.npy": new.writestr(o, old.read(o))
+        with new.open("own.npy", "w", force_zip64=True) as f:
+            for _ in range(40): f.write(bytes(2**20))
+    with zipfile.ZipFile(tmp_path/"good.npz") as old, zipfile.ZipFile(tmp_path/"boast.npz", "w") as new:
+        for o in old.namelist():
+            content = old.read(o)
+            if o == "own.npy": content = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (1, 1099511627776), }".ljust(117) + b"\n" + bytes(9)
+            new.writestr(o, content)
+    monkeypatch.setattr(thresholds, "MAX_UNPACKED", 30 * 2**20)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="unpacks to .* bytes, and at most"): Evidence.load(tmp_path/"bomb.npz")
+    with pytest.raises(ValueError, match="boast.npz is not a whole evidence file"): Evidence.load(tmp_path/"boast.npz")
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
+
+
+def test_single_bits_of_the_directory_and_headers(tmp_path):
+    """Every bit of the last 400 bytes and the first 150 (zip headers, method, flags, sizes): the same evidence or one clear error."""
+    evidence = evidence_of(2)
+    evidence.save(tmp_path/"e.npz")
+    content = (tmp_path/"e.npz").read_bytes()
+    for place in [*range(0, 150), *range(len(content) - 400, len(content))]:
+        bad = bytearray(content)
+        bad[place] ^= 1 << place % 8
+        (tmp_path/"bad.npz").write_bytes(bad)
+        try: assert same(Evidence.load(tmp_path/"bad.npz"), evidence)
+        except ValueError as error: assert "bad.npz is not a whole evidence file" in str(error)
+
+
+def test_shards_in_any_order_are_the_file_of_the_whole_pass(tmp_path):
+    evidence = evidence_of(7, data="d", model="m").with_gates(np.linspace(-3, 3, 7), "g")
+    evidence.save(tmp_path/"whole.npz")
+    shards, names = [evidence.subset(o) for o in ([6, 0], [3], [1, 5, 2, 4])], [o.image for o in evidence.records]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        a, b, c = (shards[i] for i in order)
+        a.merge(b, c).in_order(names).save(tmp_path/"merged.npz")
+        assert (tmp_path/"merged.npz").read_bytes() == (tmp_path/"whole.npz").read_bytes()
+    assert Evidence.load(tmp_path/"whole.npz").gates.tolist() == evidence.gates.tolist() and Evidence.load(tmp_path/"whole.npz").gate_model == "g"
+    with pytest.raises(ValueError, match="2 images are not in both"): shards[0].merge(shards[2]).in_order([*names, "new.jpg"])
+    with pytest.raises(ValueError, match="comes twice"): evidence.in_order(names + names[:1])
+    with pytest.raises(ValueError, match="gate_model"): evidence.merge(evidence_of(0, data="d", model="m"))
+
+
+# noise
+
+def test_noise_region_is_the_paired_bootstrap(monkeypatch):
+    evidence = Evidence((48, 48))
+    for i in range(14): evidence.add(f"{i}", *blobs(48, i % 3, i, ragged=2, sea=-5), group=str(i // 2))
+    whole, rng = surface(evidence, [0, 6, 20]), np.random.default_rng(0)
+    for objective, prices in (("dice_with", None), ("object_recall", None), ("pixel_dice", None), ("cost", (1, 3))):
+        region = noise_region(whole, objective, prices=prices)
+        assert region.inside[region.best] and region.below.min() >= -1e-12 and region.error[region.best] == 0
+        parts = lambda k, j, objective=objective, prices=prices: image_parts(image_scores(evidence, whole.logits[k], whole.min_areas[j]), objective, prices)
+        for k, j in zip(rng.integers(0, 1300, 6), rng.integers(0, 3, 6)):
+            (a, b), (c, d) = parts(*region.best), parts(k, j)
+            sign = -1 if objective == "cost" else 1
+            assert region.below[k, j] == pytest.approx(sign * (a.sum() / b.sum() - c.sum() / d.sum()), abs=1e-9)
+            groups = np.unique(evidence.groups.astype(str), return_inverse=True)[1]
+            a, b, c, d = (np.bincount(groups, o) for o in (a, b, c, d))
+            terms = (a - a.sum() / b.sum() * b) / b.sum() - (c - c.sum() / d.sum() * d) / d.sum()
+            assert region.error[k, j] == pytest.approx(np.sqrt((terms**2).sum()), abs=1e-9)
+        assert np.array_equal(region.inside, region.below <= 1.96 * region.error)
+
+
+def test_recall_at_a_precision_and_cost_are_the_best_allowed():
+    evidence = Evidence((48, 48))
+    for i in range(14): evidence.add(f"{i}", *blobs(48, i % 3, i, ragged=2, sea=-5), group=str(i // 2))
+    whole = surface(evidence, [0, 6, 20])
+    for name in ("object", "pixel"):
+        point = choose(whole, f"{name}_recall", min_precision=.6, draws=200)
+        allowed = whole.score(f"{name}_precision") >= .6
+        assert whole.at(point.logit, point.min_area, [f"{name}_precision"])[f"{name}_precision"] >= .6
+        assert whole.score(f"{name}_recall")[allowed].max() - point.score <= .03 and point.min_precision == .6
+    costs = [choose(whole, "cost", prices=(1, o), draws=200) for o in (.1, 30)]
+    for point in costs: assert point.score <= whole.score("cost", point.prices).min() + .1
+    assert costs[1].logit < costs[0].logit and OperatingPoint.from_dict(costs[0].to_dict()) == costs[0]
+    with pytest.raises(ValueError, match="precision of 200%"): choose(whole, "object_recall", min_precision=2)

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from shipnb import dataset
 from shipnb.runs import read_parameters
 from shipnb.tasks import Task
 from shipnb.optim import build_optimizer, build_schedule
-from shipnb.training import Learner, Recipe, StopRequest, make_learner
+from shipnb.training import Learner, Recipe, StopRequest, make_learner, make_loaders, train_model
 
 
 class Points(torch.utils.data.Dataset):
@@ -406,3 +408,116 @@ def test_one_seed_gives_one_model(deterministic):
         return weights(one)
     try: assert torch.equal(trained(), trained()) and torch.are_deterministic_algorithms_enabled() == deterministic
     finally: torch.use_deterministic_algorithms(False)
+
+
+def tiny(**options):
+    """A recipe whose trainings take seconds."""
+    return Recipe(**dict(size=32, batch_size=2, encoder="tu-resnet10t", decoder=[8, 8, 8, 8, 8], epochs=2, crop=0) | options)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    from shipnb.catalog import read_airbus
+    from shipnb.fleet import make_fleet
+    from shipnb.training import split_by
+    catalog = read_airbus(make_fleet(tmp_path_factory.mktemp("fleet")/"fleet", 12, seed=1))
+    return catalog, split_by(catalog, 0.4)
+
+
+def trained(fleet, recipe, folder):
+    one = train_model(*fleet, recipe, folder, progress=False, device="cpu")
+    return one, {name: o for name, o in one.trained.state_dict().items()}, [{k: v for k, v in row.items() if k != "seconds"} for row in one.history]
+
+
+@pytest.mark.parametrize("options", [dict(augment="d4"), dict(augment="d4", size=64, crop=32, crop_on_ship=0.7, ema=0.5)])
+def test_training_from_a_cache_on_the_device_is_bit_equal(fleet, tmp_path, monkeypatch, options):
+    """Where the cache fits, the loop takes its batches there by itself: the same weights and scores, also when a training changes from one to the other between epochs."""
+    recipe, made = tiny(**options), []
+    _, plain, rows = trained(fleet, recipe, tmp_path/"plain")
+    monkeypatch.setattr(dataset, "free_memory", lambda device: 1e12)
+    take = dataset.DeviceCache.take
+    monkeypatch.setattr(dataset.DeviceCache, "take", lambda *o: made.append(1) or take(*o))
+    _, there, others = trained(fleet, recipe, tmp_path/"there")
+    assert len(made) > 4 and rows == others and all(torch.equal(plain[name], there[name]) for name in plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "free_memory", lambda device: 0)
+        train, valid = make_loaders(*fleet, recipe)
+        assert not isinstance(train.dataset, dataset.DeviceDataset)
+        first = make_learner(recipe, len(train), tmp_path/"change", device="cpu")
+        for _ in first.epochs(1, train, valid): first.save()
+    train, valid = make_loaders(*fleet, recipe)
+    assert isinstance(train.dataset, dataset.DeviceDataset) and isinstance(valid.dataset, dataset.DeviceDataset)
+    again = make_learner(recipe, len(train), tmp_path/"change", device="cpu")
+    assert again.resume()
+    for _ in again.epochs(2, train, valid): pass
+    assert all(torch.equal(plain[name], o) for name, o in again.trained.state_dict().items())
+
+
+class Reads(TorchDispatchMode):
+    """Notes the tensors of which a number is asked: on a GPU each such question waits for all that is queued."""
+    def __init__(self): super().__init__(); self.asked = []
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select", "aten::_unique2"): self.asked.append(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [dict(ema=0.9), dict(optimiser="sgd", clip=1.0, schedule="cosine", precision="32-true"), dict(optimiser="adamw", accumulate=2, loss={"bce": 1.0, "lovasz": 1.0})])
+def test_nothing_within_a_step_asks_for_a_number(fleet, options):
+    train, valid = make_loaders(*fleet, tiny(**options), device="cpu")
+    one = make_learner(tiny(**options), 100, device="cpu")
+    one.lazy = True                        # as on a GPU
+    one.model.train()
+    batches = [next(iter(train)) for _ in range(one.accumulate)]
+    one.step(batches)
+    count = [one.ema.n_averaged] if one.ema is not None else []      # a counter that stays with the processor: nobody waits for it
+    with Reads() as reads:
+        for _ in range(3): one._count(*one.step(batches), batches, one._bar(train, len(train)))
+    assert all(any(o is c for c in count) for o in reads.asked) and len(reads.asked) == 3 * len(count)
+    with Reads() as reads: float(one.step(batches)[1])
+    assert len(reads.asked) == 1 + len(count), "the test is not blind"
+    one.log_every, before = 1, len(one.taken)
+    with Reads() as reads: one._count(*one.step(batches), batches, one._bar(train, len(train)))
+    assert reads.asked and before and not one.taken, "a line of the log is where numbers are asked for"
+
+
+def test_an_evaluation_makes_one_pass_and_waits_at_its_end(fleet):
+    """One forward pass a batch; the same numbers as loss and predictions asked for one after the other."""
+    train, valid = make_loaders(*fleet, tiny(), device="cpu")
+    one, passes = make_learner(tiny(), 100, device="cpu"), []
+    one.model.module.register_forward_hook(lambda *o: passes.append(1))
+    scores = one.evaluate(valid)
+    assert len(passes) == len(valid) > 1
+    one.task = Task(one.task.loss, one.task.predict, one.task.metric)
+    assert one.evaluate(valid) == scores and len(passes) == 3 * len(valid)
+    class There(torch.Tensor):             # says that it is not on the processor, as a meter sees it
+        device = torch.device("cuda")
+    meter, batch = one.task.metric().meter, next(iter(valid))
+    p = torch.rand(len(batch["index"]), 1, 32, 32)
+    there = lambda p: meter.update(p.as_subclass(There), batch["mask"].as_subclass(There), batch["has_ship"])
+    with Reads() as reads: there(p)
+    assert not reads.asked and len(meter.waiting) == 1
+    expected = one.task.metric().meter
+    expected.update(p, batch["mask"], batch["has_ship"])
+    assert meter.compute() == expected.compute() and not meter.waiting
+    there(torch.full_like(p, float("nan")))
+    with pytest.raises(ValueError, match="not finite in image 0"): meter.compute()
+
+
+def test_a_compiled_training_has_the_names_and_the_resume_of_a_plain_one(fleet, tmp_path, monkeypatch):
+    """With a backend that compiles in seconds: checkpoints have the same names, and a plain Learner reads them; stopped and continued it ends bit-equal."""
+    modes, compile = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: modes.append(mode) or compile(self, backend="aot_eager"))
+    train, valid = make_loaders(*fleet, tiny(ema=0.5), device="cpu")
+    def run(folder, n, compiled=True):
+        one = make_learner(tiny(ema=0.5, compile=compiled), len(train), folder, device="cpu")
+        one.resume()
+        for _ in one.epochs(n, train, valid): one.save()
+        return one
+    plain, whole = run(tmp_path/"plain", 2, False), run(tmp_path/"whole", 2)
+    assert modes == ["default", "default"] and whole.model.module._compiled_call_impl is not None and plain.model.module._compiled_call_impl is None
+    assert plain.state()["model"].keys() == whole.state()["model"].keys() and plain.state()["ema"].keys() == whole.state()["ema"].keys()
+    run(tmp_path/"parts", 1)
+    again = run(tmp_path/"parts", 2)
+    assert all(torch.equal(o, again.trained.state_dict()[name]) for name, o in whole.trained.state_dict().items())
+    assert make_learner(tiny(ema=0.5), len(train), tmp_path/"whole", device="cpu").resume()
+    assert Recipe(compile=True).key("a") != Recipe().key("a")

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .explore import CSS, _counted, _read, is_live, placeholder
 from .files import atomic_path
 from .metrics import f2_from_counts, ratio
-from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, Evidence, _check_maps, _digest, _node_values, _parent_levels,
+from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, Evidence, _check_maps, _digest, _node_values, _parent_levels, check_plain,
                                alive, bin_levels, edge_index, image_logits, keep, log_odds_axis, sigmoid, surface, true_labels)
 
 # %% ../nbs/30d_explorer.ipynb #875aa58e
@@ -722,6 +722,7 @@ def static_view(walk, objective="dice"):
 # %% ../nbs/30d_explorer.ipynb #9b6aa665
 def _check_parts(evidence, catalog, levels, objective, point):
     """ValueError, naming what does not fit, unless all parts belong together."""
+    if point is not None: check_plain(point, "the explorer")
     if not len(evidence): raise ValueError("there is no image in this evidence: there is nothing to look at")
     rows = pd.Index(catalog.images["image"]).get_indexer_for([o.image for o in evidence.records])
     for o, row in zip(evidence.records, rows):

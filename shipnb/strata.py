@@ -22,7 +22,7 @@ from .catalog import IMAGE_COLUMNS, Catalog
 from .eda import catalog_geometry, ship_geometry
 from .masks import decode_labels, encode_instances, rle_area, rle_decode
 from .metrics import IOU_THRESHOLDS
-from .thresholds import EDGES, STEP, alive, edge_index, interval, sigmoid, true_labels
+from .thresholds import EDGES, STEP, alive, check_plain, edge_index, interval, sigmoid, true_labels
 from .uncertainty import NAMES, PALETTE, bootstrap_choice, group_draws, group_members, object_ious, object_rows, ratio_draws, score_parts, score_sums, sum_by_group
 
 # %% ../nbs/30c_strata.ipynb #b30c0008
@@ -110,6 +110,7 @@ def component_table(evidence, point, catalog, metres_per_pixel=1.5):
     DataFrame: image, unit, ships, extra image columns; grid_area (pixels of the evidence's grid), area (the same in pixels of the image), area_m2, peak (logit, the middle of its bin), score
     (as a probability), iou (with the object it matches, 0 without one of IoU above 1/2), hits, matched (IoU above 0.5).
     """
+    check_plain(point, "listing components")
     images, parts, level = _image_columns(catalog, evidence), [], edge_index(point.logit)
     sizes = catalog.images.set_index("image").loc[images.image, ["height", "width"]].prod(axis=1).to_numpy()
     for i, o in enumerate(evidence.records):

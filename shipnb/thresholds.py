@@ -10,9 +10,9 @@ __all__ = ['STEP', 'LOWEST', 'HIGHEST', 'EDGES', 'DEFAULT_FLOOR', 'SAME_PASS', '
            'Evidence', 'write_evidence', 'read_evidence', 'pixel_curve', 'surface_sums', 'surface_counts',
            'change_areas', 'set_totals', 'score_parts', 'score_value', 'Surface', 'gate_shifts', 'surface',
            'image_scores', 'bootstrap_ratio', 'bootstrap_means', 'interval', 'OperatingPoint', 'point_scores',
-           'image_parts', 'point_draws', 'choose', 'NoiseRegion', 'noise_region', 'score_intervals', 'full_float32',
-           'image_logits', 'true_labels', 'collect_evidence', 'save_point', 'load_point', 'log_odds_axis', 'mark_edges',
-           'plot_curves', 'plot_trade_off', 'plot_region', 'pick_images', 'plot_panels']
+           'check_plain', 'image_parts', 'point_draws', 'choose', 'NoiseRegion', 'noise_region', 'score_intervals',
+           'full_float32', 'image_logits', 'true_labels', 'collect_evidence', 'save_point', 'load_point',
+           'log_odds_axis', 'mark_edges', 'plot_curves', 'plot_trade_off', 'plot_region', 'pick_images', 'plot_panels']
 
 # %% ../nbs/30_thresholds.ipynb #358a02ea
 import contextlib
@@ -1123,6 +1123,12 @@ def point_scores(evidence, point):
     if point.gate_slope and point.floor != evidence.floor:
         raise ValueError(f"the operating point's floor {point.floor} is not this evidence's, {evidence.floor}, and its gate may move a threshold there")
     return image_scores(evidence, point.logit, point.min_area, point.total_area, point.gate, point.gate_slope)
+
+
+def check_plain(point, what):
+    """ValueError, naming `what` asks, when an `OperatingPoint` has rules beside threshold and minimum area."""
+    rules = [o for o in ("total_area", "gate", "gate_slope") if getattr(point, o) not in (None, 0)]
+    if rules: raise ValueError(f"{what} applies a threshold and a minimum area only; this operating point also has {' and '.join(rules)}")
 
 # %% ../nbs/30_thresholds.ipynb #f667010e
 class OperatingPoint(OperatingPoint):

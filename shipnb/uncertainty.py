@@ -19,8 +19,8 @@ import pandas as pd
 from scipy import stats
 
 from .metrics import empty_baseline, f2_from_counts, ratio
-from .thresholds import EDGES, OBJECTIVES, SCORES, OperatingPoint, _check_sizes, alive, edge_index, image_scores, interval, log_odds_axis, sigmoid
-from .thresholds import surface_counts, true_labels
+from .thresholds import EDGES, OBJECTIVES, SCORES, OperatingPoint, _check_sizes, alive, check_plain, edge_index, image_scores, interval, log_odds_axis
+from .thresholds import point_scores, sigmoid, surface_counts, true_labels
 
 # %% ../nbs/30b_uncertainty.ipynb #b30b0007
 UNIT = 2.0**-34
@@ -88,7 +88,7 @@ def ratio_draws(part, whole, weights, chunk=256):
 # %% ../nbs/30b_uncertainty.ipynb #b30b0015
 def score_parts(evidence, point):
     """Return each score of each image at an `OperatingPoint` as a part and a whole: dict of float64 (images, 2). A score of a set is sum of parts / sum of wholes."""
-    table, has = image_scores(evidence, point.logit, point.min_area), evidence.counts > 0
+    table, has = point_scores(evidence, point), evidence.counts > 0
     every, alarm = np.ones(len(has)), (table.pred_area.to_numpy() > 0) & ~has
     columns = {o: (exact(table[o]), every) for o in ("dice", "iou", "f2")}
     columns |= dict(dice_with=(columns["dice"][0] * has, has), dice_without=(columns["dice"][0] * ~has, ~has), false_alarm=(alarm, ~has))
@@ -509,7 +509,8 @@ def plot_comparison(table, score="dice"):
 
 # %% ../nbs/30b_uncertainty.ipynb #b30b0057
 def object_ious(evidence, point):
-    """Return, for each image, the IoU of each true object with the kept component that matches it: list of float64 (objects,); 0 where none has IoU above 1/2."""
+    """Return, for each image, the IoU of each true object with the kept component that matches it: list of float64 (objects,); 0 where none has IoU above 1/2. ValueError for a point with a gate or a total area."""
+    check_plain(point, "matching objects")
     result = []
     for o in evidence.records:
         kept = np.flatnonzero(alive(o, point.logit, evidence.floor) & (o.area >= point.min_area) & (o.match >= 0))
@@ -554,7 +555,7 @@ def changed_sides(first, second, iou=0.5):
     """
     if iou < .5: raise ValueError(f"an IoU of {iou} allows two components for one object; the smallest is 0.5")
     pairs, rows = (first, (_aligned(first[0], second[0]), second[1])), []
-    tables = [image_scores(e, p.logit, p.min_area) for e, p in pairs]
+    tables = [point_scores(e, p) for e, p in pairs]
     for i, ious in enumerate(zip(*(object_ious(*o) for o in pairs))):
         found = [o > iou for o in ious]
         false = [int(t.n_pred[i] - f.sum()) for t, f in zip(tables, found)]

@@ -209,3 +209,27 @@ def test_the_predictor_refuses_what_it_cannot_apply(pair, tmp_path):
     save_point(tmp_path/"a", {"x": gated, "y": gated})
     with pytest.raises(ValueError, match="an operating point for each of x, y"): Predictor.load(tmp_path/"a")
     assert set(load_point(tmp_path/"a")) == {"x", "y"}
+
+
+def test_what_knows_threshold_and_area_only_refuses_a_point_with_more():
+    from shipnb.explorer import threshold_explorer
+    from shipnb.strata import component_table
+    from shipnb.uncertainty import object_ious
+    rng = np.random.default_rng(0)
+    evidence = Evidence((20, 24))
+    evidence.add("a.jpg", rng.normal(0, 4, (20, 24)).astype(np.float32), (rng.random((20, 24)) > 0.9).astype(np.int32))
+    for rules in (dict(total_area=9), dict(gate=0.0), dict(gate_slope=0.5, floor=evidence.floor)):
+        point = OperatingPoint(0.0, 4, (20, 24), **rules)
+        for ask in (lambda p: object_ious(evidence, p), lambda p: component_table(evidence, p, None), lambda p: threshold_explorer(evidence, None, point=p)):
+            with pytest.raises(ValueError, match="applies a threshold and a minimum area only"): ask(point)
+    assert len(object_ious(evidence, OperatingPoint(0.0, 4, (20, 24)))) == 1
+
+
+def test_intervals_of_scores_take_a_point_with_all_its_rules():
+    from shipnb.uncertainty import score_table
+    rng = np.random.default_rng(1)
+    evidence = Evidence((20, 24))
+    for k in range(6): evidence.add(f"{k}.jpg", rng.normal(-1, 4, (20, 24)).astype(np.float32), (rng.random((20, 24)) > 0.9).astype(np.int32))
+    plain, strict = (OperatingPoint(0.0, 0, (20, 24), total_area=o) for o in (0, 20 * 24))
+    assert score_table(evidence, strict, draws=100).score["dice_with"] == 0 < score_table(evidence, plain, draws=100).score["dice_with"]
+    assert score_table(evidence, plain, draws=100).score["dice"] == pytest.approx(point_scores(evidence, plain).dice.mean(), abs=1e-9)

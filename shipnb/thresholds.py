@@ -1127,7 +1127,7 @@ def point_scores(evidence, point):
 
 def check_plain(point, what):
     """ValueError, naming `what` asks, when an `OperatingPoint` has rules beside threshold and minimum area."""
-    rules = [o for o in ("total_area", "gate", "gate_slope") if getattr(point, o) not in (None, 0)]
+    rules = [name for name, asked in dict(total_area=point.total_area, gate=point.gate is not None, gate_slope=point.gate_slope).items() if asked]
     if rules: raise ValueError(f"{what} applies a threshold and a minimum area only; this operating point also has {' and '.join(rules)}")
 
 # %% ../nbs/30_thresholds.ipynb #f667010e

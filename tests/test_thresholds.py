@@ -1,6 +1,9 @@
 """Evidence, surface and operating points against brute force: threshold, label with scipy, remove small components, count."""
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import time
 
 import cv2
@@ -682,3 +685,31 @@ def test_recall_at_a_precision_and_cost_are_the_best_allowed():
     for point in costs: assert point.score <= whole.score("cost", point.prices).min() + .1
     assert costs[1].logit < costs[0].logit and OperatingPoint.from_dict(costs[0].to_dict()) == costs[0]
     with pytest.raises(ValueError, match="precision of 200%"): choose(whole, "object_recall", min_precision=2)
+
+
+# --- ten thousand images
+
+MEMORY = """
+import dataclasses, json, resource, sys
+from shipnb.thresholds import Evidence, surface
+high = lambda: int(next(o for o in open("/proc/self/status") if o.startswith("VmHWM")).split()[1]) / 1e6
+before = high()
+evidence = Evidence.load(sys.argv[1])
+whole = surface(evidence, (0, 8, 16, 32, 64))
+print(json.dumps(dict(images=len(evidence), nodes=float(evidence.table().nodes.mean()), before=before, peak=high(), best=float(whole.dice.max()))))
+"""
+
+
+@pytest.mark.skipif("SHIPNB_SLOW" not in os.environ, reason="SHIPNB_SLOW is not set: making and reading 10,000 images takes half a minute")
+def test_ten_thousand_images_fit_in_two_gigabytes(tmp_path):
+    rng, evidence, labels = np.random.default_rng(0), Evidence((256, 256)), np.zeros((256, 256), np.int32)
+    labels[100:110, 60:100], labels[30:38, 200:220] = 1, 2
+    for k in range(20):     # a glow over the ships and smooth noise: as many components as real maps have
+        noise = cv2.GaussianBlur(rng.normal(0, 1, labels.shape).astype(np.float32), (0, 0), 3)
+        evidence.add(f"{k}.jpg", (14 * cv2.GaussianBlur((labels > 0).astype(np.float32), (0, 0), 2) - 10 + 6 * noise).astype(np.float32), labels)
+    many = Evidence(evidence.grid, records=[dataclasses.replace(evidence.records[k % 20], image=f"{k}.jpg") for k in range(10_000)])
+    many.save(tmp_path/"many.npz")
+    said = subprocess.run([sys.executable, "-c", MEMORY, tmp_path/"many.npz"], capture_output=True, text=True, timeout=600, check=True)
+    found = json.loads(said.stdout.splitlines()[-1])
+    print(found)
+    assert found["images"] == 10_000 and found["nodes"] > 500 and found["peak"] - found["before"] < 2.0, found

@@ -14,3 +14,12 @@ def real_data():
     folder = os.environ.get("SHIPNB_REAL_DATA")
     if not folder: pytest.skip("SHIPNB_REAL_DATA is not set: no real images here")
     return Path(folder)
+
+
+STYLE = {name: value for name, value in matplotlib.rcParams.items() if not name.startswith(("backend", "interactive"))}
+
+
+@pytest.fixture(autouse=True)
+def plain_style():
+    """Figures look as matplotlib makes them, whatever style a notebook's cells have set in a test before."""
+    dict.update(matplotlib.rcParams, STYLE)

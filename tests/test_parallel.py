@@ -502,7 +502,7 @@ def test_the_command_line_in_two_processes(fleet, tmp_path):
     catalog, parts, recipe = fleet
     words = [o for name, value in dict(data=Path(catalog.root).parent, epochs=1, size=32, crop=0, encoder=recipe.encoder, decoder="[8, 8, 8, 8, 8]", valid=0.4).items() for o in ("-p", f"{name}={value}")]
     code, text = finish(torchrun(2, Path(sys.executable).parent/"shipnb", "train", *words, "--out", tmp_path/"run", where=["--standalone", "--no-python"]))
-    assert code == 0 and text.count("run/model: dice_with") == 1, text
+    assert code == 0 and text.count("run/model: ") == 1, text
     state = read_checkpoint(list_checkpoints(tmp_path/"run")[0])
     assert len(state["rng"]) == 2 and state["epoch"] == 1 and (tmp_path/"run"/"model"/"card.json").is_file()
     assert runs.main(["train", "-p", "histograms=true", "--out", str(tmp_path/"no")]) == 2

@@ -44,26 +44,5 @@ figures: $(STAMP)  ## re-run the published notebooks in place and stamp them
 gpu: $(STAMP)  ## what needs a GPU: those cells, the benchmarks, a training of real size; results in OUT (runs/gpu)
 	PYTHON=$(BIN)/python PATH="$(CURDIR)/$(BIN):$$PATH" tests/gpu.sh
 
-clean:  ## notebooks are clean and the package is what they export
-	$(BIN)/python tests/check_generated.py
-	$(BIN)/ruff check
-
-notebooks:  ## every notebook runs from top to bottom (one at a time: the trainings use both cores)
-	$(BIN)/nbdev_test --n_workers 1 --do_print
-
-pytest:
-	$(BIN)/python -m pytest -q
-
-lab: $(STAMP)  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. nbs
-
-figures: $(STAMP)  ## re-run the published notebooks in place and stamp them
-	$(BIN)/shipnb figures
-
-gpu: $(STAMP)  ## the cells that need a GPU, the slow ones, and the benchmarks
-	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a CUDA device; torch sees none")'
-	$(BIN)/nbdev_test --n_workers 1 --flags 'cuda slow' --do_print
-	$(BIN)/shipnb run benchmarks --out runs/gpu/benchmarks --force
-
 clean:  ## remove what can be made again: the sample, caches, default runs; named runs and the environment stay
 	rm -rf data/sample runs/cache runs/default runs/figures runs/quick .pytest_cache .ruff_cache .hypothesis build *.egg-info

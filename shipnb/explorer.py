@@ -24,13 +24,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import ndimage
-from tqdm.auto import tqdm
 
 from .explore import CSS, _counted, _read, is_live, placeholder
 from .files import atomic_path
 from .metrics import f2_from_counts, ratio
-from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, Evidence, _check_maps, _digest, _node_values, _parent_levels, check_plain,
-                               alive, bin_levels, edge_index, image_logits, keep, log_odds_axis, sigmoid, surface, true_labels)
+from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, _check_maps, _digest, _node_values, _parent_levels, check_plain,
+                               alive, bin_levels, collect_evidence, edge_index, keep, log_odds_axis, sigmoid, surface, true_labels)
 
 # %% ../nbs/30d_explorer.ipynb #875aa58e
 class Levels:
@@ -101,20 +100,8 @@ def collect_levels(model, catalog, size, grid="native", batch_size=8, floor=DEFA
     -------
     `Evidence` and `Levels`.
     """
-    if not len(catalog): raise ValueError("the Catalog has no image to score")
-    shapes = {catalog.shape(i) for i in range(len(catalog))} if grid == "native" else {tuple(grid)}
-    evidence = Evidence(shapes.pop() if len(shapes) == 1 else None, floor, data or catalog.fingerprint(), model_hash)
-    levels, was_training = Levels(floor, evidence.data, model_hash), model.training
-    model.eval()
-    try:
-        for start in tqdm(range(0, len(catalog), batch_size), desc="evaluate", unit="batch", disable=not progress):
-            rows = range(start, min(start + batch_size, len(catalog)))
-            for i, logits in zip(rows, image_logits(model, [catalog.read_image(i) for i in rows], size, grid)):
-                row = catalog.images.iloc[i]
-                evidence.add(row["image"], logits, true_labels(catalog.rles(i), catalog.shape(i), logits.shape), row["group"] or None)
-                levels.add(row["image"], logits)
-    finally: model.train(was_training)
-    return evidence, levels
+    levels = Levels(floor, data or catalog.fingerprint(), model_hash)
+    return collect_evidence(model, catalog, size, grid, batch_size, floor, levels.data, model_hash, progress, also=levels.add), levels
 
 # %% ../nbs/30d_explorer.ipynb #87073534
 class Tally:
@@ -133,7 +120,7 @@ class Tally:
         """Return kept, found, missed and false at one setting, as a dict of int64 (images,); ValueError below the floor."""
         k = edge_index(logit)
         if k < self.lowest: raise ValueError(f"the logit {logit} is below this evidence's floor {EDGES[self.lowest]}")
-        from_here = slice(np.searchsorted(self.last, k), None)
+        from_here = slice(np.searchsorted(self.last, np.int32(k)), None)   # of its own type: another one would copy the array
         alive, image = (self.first[from_here] <= k) & (self.area[from_here] >= min_area), self.image[from_here]
         kept, found = (np.bincount(image[o], minlength=len(self.true)) for o in (alive, alive & self.found[from_here]))
         return dict(kept=kept, found=found, missed=self.true - found, false=kept - found)
@@ -473,6 +460,9 @@ THRESHOLD_CSS = """<style>
 .shipnb-thresholds table.shipnb-table td:not(:first-child), .shipnb-thresholds table.shipnb-table th {text-align: right; font-variant-numeric: tabular-nums;}
 .shipnb-thresholds table.shipnb-table td:not(:first-child) {min-width: 82px;}
 .shipnb-thresholds .shipnb-setting .widget-html-content {white-space: nowrap; font-variant-numeric: tabular-nums;}
+.shipnb-thresholds .shipnb-over {position: relative; overflow: visible;}
+.shipnb-thresholds .shipnb-dot {position: absolute; left: 0; top: 0; width: 0; height: 0; margin: 0; overflow: visible; pointer-events: none;}
+.shipnb-thresholds .shipnb-dot i {position: absolute; width: 9px; height: 9px; margin: -6px; background: #D55E00; border: 1.5px solid white; border-radius: 50%;}
 </style>"""
 
 
@@ -518,6 +508,22 @@ def _live_canvas(figure):
     FigureManager(canvas, 0)
     return canvas
 
+
+def _dot():
+    """The dot that lies over the surface; the mouse does not feel it."""
+    import ipywidgets as w
+    dot = w.HTML()
+    dot.add_class("shipnb-dot")
+    return dot
+
+
+def _over(below, above):
+    """Two widgets in one place."""
+    import ipywidgets as w
+    both = w.VBox([below, above])
+    both.add_class("shipnb-over")
+    return both
+
 # %% ../nbs/30d_explorer.ipynb #d71d7205
 class ThresholdExplorer:
     """The widgets of `threshold_explorer`, and what they do; use `threshold_explorer`, which documents the parameters.
@@ -527,7 +533,7 @@ class ThresholdExplorer:
     quiet = False     # true while the widgets are set by the program, not by a person
 
     def __init__(self, walk, objective="dice", point=None):
-        self.walk, self.objective, self.point, self.behind = walk, objective, point, None
+        self.walk, self.objective, self.point = walk, objective, point
         for make in (self._make_setting, self._make_surface, self._make_image, self._make_steps, self._make_view): make()
         self.show()
 
@@ -586,8 +592,8 @@ class ThresholdExplorer(ThresholdExplorer):
         self.figure.colorbar(self.image).ax.tick_params(labelsize=7)
         self.star, = self.ax.plot([], [], "*", color="white", markeredgecolor="black", markersize=11)
         if self.point: self.ax.axvline(self.point.logit, color="white", linewidth=1, linestyle="--")
-        self.dot, = self.ax.plot([], [], "o", color="#D55E00", markeredgecolor="white", markersize=9, animated=True)
-        self.canvas.mpl_connect("draw_event", lambda _: self._keep_behind())
+        self.dot = _dot()
+        self.canvas.mpl_connect("draw_event", lambda _: self._move_dot())   # a new drawing may have another resolution
         for event in ("button_press_event", "motion_notify_event"): self.canvas.mpl_connect(event, self._clicked)
         self.aim(self.objective)
 
@@ -606,21 +612,11 @@ class ThresholdExplorer(ThresholdExplorer):
 
 # %% ../nbs/30d_explorer.ipynb #f447ecd4
 class ThresholdExplorer(ThresholdExplorer):
-    def _keep_behind(self):
-        """After each full drawing, at any resolution: keep it, and put the dot on."""
-        self.behind = self.canvas.copy_from_bbox(self.figure.bbox)
-        self._place_dot()
-
-    def _place_dot(self):
-        self.dot.set_data([min(self.walk.logit, self.ax.get_xlim()[1])], [self.walk.scores.min_areas.tolist().index(self.walk.min_area)])
-        self.ax.draw_artist(self.dot)
-
     def _move_dot(self):
-        """Put the dot where the setting is."""
-        self.canvas.restore_region(self.behind)
-        self._place_dot()
-        self.canvas._force_full = True   # ipympl sends differences, and a browser that is still reading one skips it: its dot would stay
-        self.canvas.blit()
+        """Put the dot where the setting is: pixels of the page, from the upper left corner of the canvas."""
+        place = min(self.walk.logit, self.ax.get_xlim()[1]), self.walk.scores.min_areas.tolist().index(self.walk.min_area)
+        x, y = self.ax.transData.transform(place) / self.canvas.device_pixel_ratio
+        self.dot.value = f"<i style='left: {x:.1f}px; top: {self.figure.bbox.height / self.canvas.device_pixel_ratio - y:.1f}px'></i>"
 
     def _clicked(self, event):
         """Jump to the setting under the mouse, while its button is down."""
@@ -694,7 +690,7 @@ class ThresholdExplorer(ThresholdExplorer):
         key, walk = w.HTML(_key()), self.walk
         images = [self.back, self.place, self.name, self.forth, self.zoom, self.goal, self.best]
         bars = [w.HBox(o) for o in ([self.slider, self.setting, self.area], images, [*self.jumps.values()])]
-        photo, right = w.VBox([self.picture, key, self.said]), w.VBox([self.canvas, self.table])
+        photo, right = w.VBox([self.picture, key, self.said]), w.VBox([_over(self.canvas, self.dot), self.table])
         sides = w.HBox([photo, right])
         for bar in bars: bar.add_class("shipnb-bar")
         for widget, name in ((photo, "photo"), (sides, "sides"), (key, "key")): widget.add_class(f"shipnb-{name}")

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -12,6 +13,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
 
 from shipnb import fleet
@@ -382,6 +385,11 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
         surface_is_current()
         look("dragged")
 
+        def dot():
+            """Where the dot is on the canvas, as shares of its width and height."""
+            (a, b) = tool.locator(".shipnb-dot i").bounding_box(), tool.locator(".jupyter-matplotlib-canvas-div canvas").last.bounding_box()
+            return (a["x"] + a["width"] / 2 - b["x"]) / b["width"], (a["y"] + a["height"] / 2 - b["y"]) / b["height"]
+
         # a click on the surface: there, and back
         canvas = tool.locator(".jupyter-matplotlib-canvas-div canvas").last
         box = canvas.bounding_box()
@@ -394,6 +402,7 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
         until(logit, lambda o: o > low)
         until(area, lambda o: o > few)
         agrees()
+        until(lambda: np.abs(np.subtract(dot(), (.45, .25))).max(), lambda o: o < .03)   # under the mouse, to half a row of the surface
         surface_is_current()
         look("clicked")
 
@@ -423,3 +432,94 @@ def test_threshold_explorer_follows_the_mouse(lab, browser, tmp_path):
         look("best")
         assert not complaints
     finally: page.close()
+
+
+# --- threshold_explorer: how long a person waits. A measurement, not a bar: no time is asserted
+
+LARGE = (("subset(np.arange(24))", "subset(np.arange({images}))"), ("grid = (256, 256)", "grid = catalog.shape(0)"), ("walk.open(40)", "walk.open(400)"), ("0 to 23", "0 to"))
+BARE = """import ipywidgets
+bare, said = ipywidgets.IntSlider(max=1000), ipywidgets.HTML("")
+said.add_class("bare-said")
+bare.observe(lambda change: setattr(said, "value", str(change["new"])), "value")
+bare.add_class("bare-slider")
+ipywidgets.VBox([bare, said])"""
+KERNEL = """import json
+def timed(act, times=50):
+    wall, processor = [], []
+    for k in range(times):
+        w, p = time.perf_counter(), time.process_time()
+        act(k)
+        wall.append(1000 * (time.perf_counter() - w)); processor.append(1000 * (time.process_time() - p))
+    return dict(wall=wall, processor=processor)
+there = [o for o in Out.values() if isinstance(o, ThresholdExplorer)][0]
+rng = np.random.default_rng(0)
+to = [(EDGES[k], int(a)) for k, a in zip(rng.integers(edge_index(-4), edge_index(4), 51), rng.choice(MIN_AREAS, 51))]
+move = timed(lambda k: there.set(*to[k]))
+image = timed(lambda k: there.open((7 * k + 1) % len(evidence)))
+print(json.dumps(dict(move=move, image=image, images=len(evidence), shape=catalog.shape(0), nodes=int(np.median([len(o.level) for o in evidence.records])),
+                      levels=sum(map(len, levels.maps.values())) / len(levels), versions={o.__name__: o.__version__ for o in (np, cv2, matplotlib)})))"""
+GO_TO = "there.set({logit}, 0); print(there.walk.shown.scores['n_pred'])"
+WATCH = """([number, picture]) => {
+    const waits = window.shipnbWaits = {numbers: [], picture: []}, photo = document.querySelector(picture);
+    window.addEventListener('keydown', () => { window.shipnbPressed = performance.now(); }, true);
+    new MutationObserver(() => { if (waits === window.shipnbWaits) waits.numbers.push(performance.now() - window.shipnbPressed); })
+        .observe(document.querySelector(number), {childList: true, subtree: true, characterData: true});
+    if (photo) new MutationObserver(async () => { const from = window.shipnbPressed; await photo.decode(); waits.picture.push(performance.now() - from); })
+        .observe(photo, {attributes: true, attributeFilter: ['src']});
+}"""
+
+
+def waits(page, slider, number, picture="none", keys=50):
+    """Milliseconds from each of some keys on a slider until the page shows the number, and until it has decoded the picture."""
+    handle = page.locator(f"{slider} .noUi-handle").first
+    handle.scroll_into_view_if_needed()
+    page.evaluate(WATCH, [number, picture])
+    handle.focus()
+    for k in range(keys):
+        page.keyboard.press("ArrowRight" if k % 20 < 10 else "ArrowLeft")
+        page.wait_for_function("([k, both]) => window.shipnbWaits.numbers.length > k && (!both || window.shipnbWaits.picture.length > k)", arg=[k, picture != "none"])
+        page.wait_for_timeout(200)
+    found = page.evaluate("() => window.shipnbWaits")
+    assert [len(o) for o in found.values()] == [keys, keys if picture != "none" else 0]
+    return found
+
+
+def quartiles(values):
+    lowest, low, median, high, highest = np.quantile(values, [0, .25, .5, .75, 1]).round(1).tolist()
+    return dict(median=median, quartiles=[low, high], lowest=lowest, highest=highest, n=len(values))
+
+
+@pytest.mark.skipif("SHIPNB_SLOW" not in os.environ, reason="SHIPNB_SLOW is not set: 200 large maps take some minutes to make; SHIPNB_PUBLISH writes figures/30d_explorer_cost.json")
+def test_how_long_the_explorer_takes(lab, browser, checkout, tmp_path):
+    """200 images at their own size: a move, another image, and a key on the slider until the browser has decoded the new picture; each key must bring one. Beside it the same for a slider with nothing behind it."""
+    nb = nbformat.read(checkout/"nbs"/"30d_explorer.ipynb", 4)
+    last = next(i for i, o in enumerate(nb.cells) if o.source.startswith("threshold_explorer(evidence, catalog, levels"))
+    nb.cells = [*nb.cells[:last + 1], nbformat.v4.new_code_cell(BARE)]
+    text = nbformat.writes(nb)
+    for before, after in LARGE:
+        assert text.count(before) == 1
+        text = text.replace(before, after.format(images=min(200, len(read_airbus(checkout/"data"/"sample")))))
+    (checkout/"nbs"/"large.ipynb").write_text(text)
+    page = browser.new_page(viewport=dict(width=1500, height=1250))
+    page.set_default_timeout(2000 * SECONDS)
+    try:
+        nb = run_all(page, f"{lab}/lab/tree/nbs/large.ipynb?reset")
+        assert not [o["evalue"] for cell in nb["cells"] if cell["cell_type"] == "code" for o in cell["outputs"] if o["output_type"] == "error"]
+        print("measuring", flush=True)
+        load = os.getloadavg()[0]
+        kernel, times = json.loads(page.evaluate(ASK, KERNEL)), {}
+        times |= {"move, kernel": kernel["move"]["wall"], "another image, kernel": kernel["image"]["wall"]}
+        times["key to number, a slider with nothing behind it, browser"] = waits(page, ".bare-slider", ".bare-said")["numbers"]
+        for logit in (-4.5, -6.5):
+            kept = int(page.evaluate(ASK, GO_TO.format(logit=logit)))
+            found = waits(page, ".shipnb-thresholds", ".shipnb-setting", ".shipnb-photo img")
+            times |= {f"key to {name}, {kept:,} components in the image, browser": o for name, o in found.items()}
+        page.screenshot(path=tmp_path/"large.png")
+    finally: page.close()
+    report = dict(what=f"threshold_explorer on {kernel['images']} images of {kernel['shape'][0]} x {kernel['shape'][1]} (planted maps on the sample; {kernel['nodes']:,} components in the median image's tree, "
+                       f"levels of {kernel['levels'] / 1000:.0f} kB an image): a move to a random setting, and another image, in the kernel; a key on the slider until the browser shows the number, and until it has decoded the picture",
+                  milliseconds={name: quartiles(o) for name, o in times.items()},
+                  processor_milliseconds={"move, kernel": quartiles(kernel["move"]["processor"]), "another image, kernel": quartiles(kernel["image"]["processor"])},
+                  images=kernel["images"], device=f"cpu, {os.cpu_count()} cores, load {load:.1f} before; Chromium {browser.version} headless, without a GPU", python=platform.python_version(), versions=kernel["versions"])
+    print(json.dumps(report, indent=1))
+    if os.environ.get("SHIPNB_PUBLISH"): (ROOT/"figures"/"30d_explorer_cost.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -24,12 +24,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import ndimage
+from tqdm.auto import tqdm
 
 from .explore import CSS, _counted, _read, is_live, placeholder
 from .files import atomic_path
 from .metrics import f2_from_counts, ratio
-from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, _check_maps, _digest, _node_values, _parent_levels, check_plain,
-                               alive, bin_levels, collect_evidence, edge_index, keep, log_odds_axis, sigmoid, surface, true_labels)
+from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, Evidence, _check_maps, _digest, _node_values, _parent_levels, check_plain,
+                               alive, bin_levels, edge_index, image_logits, keep, log_odds_axis, sigmoid, surface, true_labels)
 
 # %% ../nbs/30d_explorer.ipynb #875aa58e
 class Levels:
@@ -100,8 +101,20 @@ def collect_levels(model, catalog, size, grid="native", batch_size=8, floor=DEFA
     -------
     `Evidence` and `Levels`.
     """
-    levels = Levels(floor, data or catalog.fingerprint(), model_hash)
-    return collect_evidence(model, catalog, size, grid, batch_size, floor, levels.data, model_hash, progress, also=levels.add), levels
+    if not len(catalog): raise ValueError("the Catalog has no image to score")
+    shapes = {catalog.shape(i) for i in range(len(catalog))} if grid == "native" else {tuple(grid)}
+    evidence = Evidence(shapes.pop() if len(shapes) == 1 else None, floor, data or catalog.fingerprint(), model_hash)
+    levels, was_training = Levels(floor, evidence.data, model_hash), model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(catalog), batch_size), desc="evaluate", unit="batch", disable=not progress):
+            rows = range(start, min(start + batch_size, len(catalog)))
+            for i, logits in zip(rows, image_logits(model, [catalog.read_image(i) for i in rows], size, grid)):
+                row = catalog.images.iloc[i]
+                evidence.add(row["image"], logits, true_labels(catalog.rles(i), catalog.shape(i), logits.shape), row["group"] or None)
+                levels.add(row["image"], logits)
+    finally: model.train(was_training)
+    return evidence, levels
 
 # %% ../nbs/30d_explorer.ipynb #87073534
 class Tally:

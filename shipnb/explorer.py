@@ -24,13 +24,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import ndimage
-from tqdm.auto import tqdm
 
 from .explore import CSS, _counted, _read, is_live, placeholder
 from .files import atomic_path
 from .metrics import f2_from_counts, ratio
-from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, Evidence, _check_maps, _digest, _node_values, _parent_levels, check_plain,
-                               alive, bin_levels, edge_index, image_logits, keep, log_odds_axis, sigmoid, surface, true_labels)
+from .thresholds import (DEFAULT_FLOOR, EDGES, REMEDY, STEP, UNREADABLE, _check_maps, _digest, _node_values, _parent_levels, check_plain,
+                               alive, bin_levels, collect_evidence, edge_index, keep, log_odds_axis, sigmoid, surface, true_labels)
 
 # %% ../nbs/30d_explorer.ipynb #875aa58e
 class Levels:
@@ -101,20 +100,8 @@ def collect_levels(model, catalog, size, grid="native", batch_size=8, floor=DEFA
     -------
     `Evidence` and `Levels`.
     """
-    if not len(catalog): raise ValueError("the Catalog has no image to score")
-    shapes = {catalog.shape(i) for i in range(len(catalog))} if grid == "native" else {tuple(grid)}
-    evidence = Evidence(shapes.pop() if len(shapes) == 1 else None, floor, data or catalog.fingerprint(), model_hash)
-    levels, was_training = Levels(floor, evidence.data, model_hash), model.training
-    model.eval()
-    try:
-        for start in tqdm(range(0, len(catalog), batch_size), desc="evaluate", unit="batch", disable=not progress):
-            rows = range(start, min(start + batch_size, len(catalog)))
-            for i, logits in zip(rows, image_logits(model, [catalog.read_image(i) for i in rows], size, grid)):
-                row = catalog.images.iloc[i]
-                evidence.add(row["image"], logits, true_labels(catalog.rles(i), catalog.shape(i), logits.shape), row["group"] or None)
-                levels.add(row["image"], logits)
-    finally: model.train(was_training)
-    return evidence, levels
+    levels = Levels(floor, data or catalog.fingerprint(), model_hash)
+    return collect_evidence(model, catalog, size, grid, batch_size, floor, levels.data, model_hash, progress, also=levels.add), levels
 
 # %% ../nbs/30d_explorer.ipynb #87073534
 class Tally:
@@ -521,22 +508,6 @@ def _live_canvas(figure):
     FigureManager(canvas, 0)
     return canvas
 
-
-def _dot():
-    """The dot that lies over the surface; the mouse does not feel it."""
-    import ipywidgets as w
-    dot = w.HTML()
-    dot.add_class("shipnb-dot")
-    return dot
-
-
-def _over(below, above):
-    """Two widgets in one place."""
-    import ipywidgets as w
-    both = w.VBox([below, above])
-    both.add_class("shipnb-over")
-    return both
-
 # %% ../nbs/30d_explorer.ipynb #d71d7205
 class ThresholdExplorer:
     """The widgets of `threshold_explorer`, and what they do; use `threshold_explorer`, which documents the parameters.
@@ -598,6 +569,7 @@ class ThresholdExplorer(ThresholdExplorer):
 class ThresholdExplorer(ThresholdExplorer):
     def _make_surface(self):
         """The objective over threshold and smallest area, which can be clicked and dragged on."""
+        import ipywidgets as w
         self.figure, scores = Figure(figsize=(4.5, 3.3), dpi=100, layout="constrained"), self.walk.scores
         self.canvas = _live_canvas(self.figure)
         self.ax = self.figure.subplots()
@@ -605,7 +577,7 @@ class ThresholdExplorer(ThresholdExplorer):
         self.figure.colorbar(self.image).ax.tick_params(labelsize=7)
         self.star, = self.ax.plot([], [], "*", color="white", markeredgecolor="black", markersize=11)
         if self.point: self.ax.axvline(self.point.logit, color="white", linewidth=1, linestyle="--")
-        self.dot = _dot()
+        self.dot = w.HTML()
         self.canvas.mpl_connect("draw_event", lambda _: self._move_dot())   # a new drawing may have another resolution
         for event in ("button_press_event", "motion_notify_event"): self.canvas.mpl_connect(event, self._clicked)
         self.aim(self.objective)
@@ -700,13 +672,13 @@ class ThresholdExplorer(ThresholdExplorer):
     def _make_view(self):
         """Everything together."""
         import ipywidgets as w
-        key, walk = w.HTML(_key()), self.walk
+        key, walk, surface = w.HTML(_key()), self.walk, w.VBox([self.canvas, self.dot])
         images = [self.back, self.place, self.name, self.forth, self.zoom, self.goal, self.best]
         bars = [w.HBox(o) for o in ([self.slider, self.setting, self.area], images, [*self.jumps.values()])]
-        photo, right = w.VBox([self.picture, key, self.said]), w.VBox([_over(self.canvas, self.dot), self.table])
+        photo, right = w.VBox([self.picture, key, self.said]), w.VBox([surface, self.table])
         sides = w.HBox([photo, right])
         for bar in bars: bar.add_class("shipnb-bar")
-        for widget, name in ((photo, "photo"), (sides, "sides"), (key, "key")): widget.add_class(f"shipnb-{name}")
+        for widget, name in ((photo, "photo"), (sides, "sides"), (key, "key"), (surface, "over"), (self.dot, "dot")): widget.add_class(f"shipnb-{name}")
         self.view = w.VBox([w.HTML(CSS + THRESHOLD_CSS, layout=dict(display="none")), *bars, sides])
         for name in ("explore", "thresholds"): self.view.add_class(f"shipnb-{name}")
         self.name.value = f"of {len(walk.evidence):,} &nbsp; <b>{html.escape(walk.case.record.image)}</b>"

@@ -1368,7 +1368,7 @@ def true_labels(rles, shape, grid):
     return labels
 
 # %% ../nbs/30_thresholds.ipynb #9ad57ef2
-def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DEFAULT_FLOOR, data="", model_hash="", progress=False, together=False):
+def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DEFAULT_FLOOR, data="", model_hash="", progress=False, together=False, also=None):
     """Run the evaluation pass: the model over every image of a Catalog.
 
     Parameters
@@ -1382,6 +1382,7 @@ def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DE
     data, model_hash : str, fingerprints; `data` is the Catalog's own when empty.
     progress : bool, show a progress bar.
     together : bool, several processes share the batches, each whole: all of them must call, and each gets all Evidence, equal to the bit to that of one.
+    also : `(image, logits) -> None`, called with the name and the float32 map of each image that this process scores.
 
     Returns
     -------
@@ -1403,6 +1404,7 @@ def collect_evidence(model, catalog, size, grid="native", batch_size=8, floor=DE
             rows = range(start, min(start + batch_size, len(catalog)))
             logits = image_logits(model, [catalog.read_image(i) for i in rows], size, grid)
             found.append([_record(catalog, i, o, evidence.floor) for i, o in zip(rows, logits)])
+            for i, o in zip(rows, logits) if also else (): also(catalog.images["image"].iat[i], o)
     finally: model.train(was_training)
     return evidence._with(o for batch in (in_order(found) if together else found) for o in batch)
 

@@ -443,7 +443,7 @@ said.add_class("bare-said")
 bare.observe(lambda change: setattr(said, "value", str(change["new"])), "value")
 bare.add_class("bare-slider")
 ipywidgets.VBox([bare, said])"""
-KERNEL = """import json
+KERNEL = """import json, ipympl, ipywidgets
 def timed(act, times=50):
     wall, processor = [], []
     for k in range(times):
@@ -453,11 +453,11 @@ def timed(act, times=50):
     return dict(wall=wall, processor=processor)
 there = [o for o in Out.values() if isinstance(o, ThresholdExplorer)][0]
 rng = np.random.default_rng(0)
-to = [(EDGES[k], int(a)) for k, a in zip(rng.integers(edge_index(-4), edge_index(4), 51), rng.choice(MIN_AREAS, 51))]
+to = [(EDGES[k], int(a)) for k, a in zip(rng.integers(edge_index(-4), edge_index(4), 50), rng.choice(MIN_AREAS, 50))]
 move = timed(lambda k: there.set(*to[k]))
 image = timed(lambda k: there.open((7 * k + 1) % len(evidence)))
 print(json.dumps(dict(move=move, image=image, images=len(evidence), shape=catalog.shape(0), nodes=int(np.median([len(o.level) for o in evidence.records])),
-                      levels=sum(map(len, levels.maps.values())) / len(levels), versions={o.__name__: o.__version__ for o in (np, cv2, matplotlib)})))"""
+                      levels=sum(map(len, levels.maps.values())) / len(levels), versions={o.__name__: o.__version__ for o in (np, cv2, matplotlib, ipywidgets, ipympl)})))"""
 GO_TO = "there.set({logit}, 0); print(there.walk.shown.scores['n_pred'])"
 WATCH = """([number, picture]) => {
     const waits = window.shipnbWaits = {numbers: [], picture: []}, photo = document.querySelector(picture);
@@ -520,6 +520,7 @@ def test_how_long_the_explorer_takes(lab, browser, checkout, tmp_path):
                        f"levels of {kernel['levels'] / 1000:.0f} kB an image): a move to a random setting, and another image, in the kernel; a key on the slider until the browser shows the number, and until it has decoded the picture",
                   milliseconds={name: quartiles(o) for name, o in times.items()},
                   processor_milliseconds={"move, kernel": quartiles(kernel["move"]["processor"]), "another image, kernel": quartiles(kernel["image"]["processor"])},
-                  images=kernel["images"], device=f"cpu, {os.cpu_count()} cores, load {load:.1f} before; Chromium {browser.version} headless, without a GPU", python=platform.python_version(), versions=kernel["versions"])
+                  images=kernel["images"], device=f"cpu, {os.cpu_count()} cores, load {load:.1f} before; Chromium {browser.version} headless, without a GPU", python=platform.python_version(), versions=kernel["versions"],
+                  commit=subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip())
     print(json.dumps(report, indent=1))
     if os.environ.get("SHIPNB_PUBLISH"): (ROOT/"figures"/"30d_explorer_cost.json").write_text(json.dumps(report, indent=1) + "\n")

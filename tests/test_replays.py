@@ -344,6 +344,7 @@ def test_published_airbus():
     found = json.loads((ROOT/"figures"/"replay_airbus.json").read_text(encoding="utf-8"))
     assert (ROOT/"figures"/"replay_airbus.png").stat().st_size > 10_000
     assert found["seeds"] >= 3 and found["epochs"] >= 10 and found["trainings"] <= found["planned"] and found["core_minutes"] <= 60
+    assert found["core_minutes"] + found["beyond_list"]["core_minutes"] <= 90      # all of it, with the greedy order
     measured = [o for row in found["costs"].values() for kind in row.values() for o in (kind["at_half"], kind["at_best"]) if o["mean"] is not None]
     assert measured and all(o["low"] <= o["mean"] <= o["high"] for o in measured)
     for name, row in found["costs"].items():

@@ -601,7 +601,7 @@ class ThresholdExplorer(ThresholdExplorer):
         """Put the dot where the setting is: pixels of the page, from the upper left corner of the canvas."""
         place = min(self.walk.logit, self.ax.get_xlim()[1]), self.walk.scores.min_areas.tolist().index(self.walk.min_area)
         x, y = self.ax.transData.transform(place) / self.canvas.device_pixel_ratio
-        self.dot.value = f"<i style='left: {x:.1f}px; top: {self.figure.bbox.height / self.canvas.device_pixel_ratio - y:.1f}px'></i>"
+        self.dot.value = f"<i style='left: {x:.2f}px; top: {self.figure.bbox.height / self.canvas.device_pixel_ratio - y:.2f}px'></i>"
 
     def _clicked(self, event):
         """Jump to the setting under the mouse, while its button is down."""

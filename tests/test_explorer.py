@@ -1,6 +1,7 @@
 """The threshold explorer without a browser: states, numbers and pictures against thresholding, labelling and matching; parts that do not belong together."""
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -341,7 +342,8 @@ def test_sliders_surface_and_buttons_lead_to_the_same_state(tool, parts):
     tool.goal.value = "f2"
     tool.best.click()
     assert (walk.logit, walk.min_area) == walk.scores.best("f2") and "object F2" in tool.ax.get_title()
-    assert tool.dot.get_data()[1][0] == sizes.index(walk.min_area) and np.isclose(tool.dot.get_data()[0][0], walk.logit)
+    left, top = map(float, re.findall(r"(-?[\d.]+)px", tool.dot.value))     # from the upper left corner of the canvas
+    assert np.allclose(tool.ax.transData.inverted().transform((left, tool.figure.bbox.height - top)), (walk.logit, sizes.index(walk.min_area)), rtol=0, atol=2e-3)
     with pytest.raises(ValueError, match="not offered"): tool.set(0, 7)
     with pytest.raises(ValueError, match="not offered"): tool.set(-9, 0)
 

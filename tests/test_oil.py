@@ -204,5 +204,6 @@ def test_the_published_numbers_hold_together():
     assert rows["difference"]["ap50"] == pytest.approx(rows["detector"]["ap50"] - rows["size and brightness"]["ap50"])
     assert all(o["low"] <= o["ap50"] <= o["high"] for o in rows.values())
     assert sum(o["tanks"] for o in results["by_size"] if o["method"] == "detector") == 129
+    assert results["precision"] == "bf16-mixed" and len(json.dumps(results)) < 20_000
     settings = yaml.safe_load((ROOT/"nbs/params/oil-real-cpu.yaml").read_text(encoding="utf-8"))
     assert {o: results[o] for o in ("backbone", "size", "build", "steps", "batch_size")} == {o: settings[o] for o in ("backbone", "size", "build", "steps", "batch_size")}

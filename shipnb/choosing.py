@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['choose_among', 'size_surfaces', 'GateSurface', 'change_gates', 'gate_surface', 'choose_gated', 'plot_gates',
-           'check_classes', 'save_classes', 'load_classes', 'choose_classes', 'class_mean']
+           'check_classes', 'save_classes', 'load_classes', 'choose_classes', 'class_mean', 'class_logits',
+           'class_batches', 'collect_classes', 'predict_classes', 'image_class_scores', 'held_out_scores']
 
 # %% ../nbs/30a_choosing.ipynb #f50c0782
 import dataclasses
@@ -13,9 +14,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 
-from .thresholds import (EDGES, Evidence, Surface, change_areas, choose, edge_index, gate_shifts, log_odds_axis, point_draws,
-                               point_scores, surface, surface_sums)
+from .catalog import OBJECT_COLUMNS, Catalog
+from .dataset import shrink, to_input
+from .masks import encode_instances, label_boxes
+from .thresholds import (DEFAULT_FLOOR, EDGES, Evidence, Surface, change_areas, choose, edge_index, full_float32, gate_shifts, log_odds_axis,
+                               point_draws, point_scores, surface, surface_sums, true_labels)
 
 # %% ../nbs/30a_choosing.ipynb #80e8e585
 def choose_among(surfaces, objective="dice", draws=2000, seed=0, **bounds):
@@ -174,3 +181,145 @@ def choose_classes(evidences, objective="dice", total_areas=(0,), min_areas=(0, 
 def class_mean(evidences, points, score="dice"):
     """Return the mean of a score over (image, class), each class at its own point."""
     return float(np.mean([point_scores(evidence, points[name])[score].mean() for name, evidence in evidences.items()]))
+
+# %% ../nbs/30a_choosing.ipynb #862e8eec
+@torch.inference_mode()
+def class_logits(model, images, size, classes, grid="native"):
+    """Return the logits of whole images for several classes: a list of float32 (classes, height, width).
+
+    Parameters
+    ----------
+    model : module that maps x (N, 3, h, w) to logits (N, classes, h, w), in float32 and in eval mode.
+    images : list of uint8 arrays (H, W, 3), RGB.
+    size : (h, w), the network's input, pixels.
+    classes : int, number of classes.
+    grid : "native" for each image's own height and width, or (height, width).
+
+    Raises
+    ------
+    ValueError
+        For a model that is not float32, is in training mode, or gives another shape.
+    """
+    weight = next(model.parameters())
+    if weight.dtype != torch.float32 or model.training: raise ValueError(f"the model must be in float32 and in eval mode, not {weight.dtype}, training={model.training}")
+    x = to_input(torch.from_numpy(np.stack([shrink(o, tuple(size)) for o in images])), weight.device)
+    with full_float32(weight.device): z = model(x)
+    wanted = (len(images), classes, *x.shape[2:])
+    if z.shape != wanted: raise ValueError(f"the model gave {tuple(z.shape)}; logits of {classes} classes are {wanted}")
+    grids = [o.shape[:2] if grid == "native" else tuple(grid) for o in images]
+    return [F.interpolate(z[i:i + 1], size=o, mode="bilinear", align_corners=False)[0].cpu().numpy() for i, o in enumerate(grids)]
+
+# %% ../nbs/30a_choosing.ipynb #8926ee5e
+def class_batches(model, catalog, size, classes, grid="native", batch_size=4):
+    """Yield the position of each image of a Catalog and its `class_logits`; the model is put in eval mode for the pass."""
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(catalog), batch_size):
+            rows = range(start, min(start + batch_size, len(catalog)))
+            yield from zip(rows, class_logits(model, [catalog.read_image(i) for i in rows], size, classes, grid))
+    finally: model.train(was_training)
+
+# %% ../nbs/30a_choosing.ipynb #932c35fd
+def collect_classes(model, catalog, size, classes, grid="native", batch_size=4, floor=DEFAULT_FLOOR, data="", model_hash=""):
+    """Run the evaluation pass of a segmenter of several classes.
+
+    Parameters
+    ----------
+    model : module, logits (N, classes, h, w), on any device.
+    catalog : `Catalog` with images; the labels of its objects are names of classes.
+    size : (h, w), the network's input, pixels.
+    classes : names of the classes, in the order of the channels.
+    grid, batch_size, floor, data, model_hash : as `shipnb.thresholds.collect_evidence`.
+
+    Returns
+    -------
+    dict from class to `Evidence`.
+
+    Raises
+    ------
+    ValueError
+        As `class_logits`; for an empty Catalog, or an object of no class.
+    """
+    if not len(catalog): raise ValueError("the Catalog has no image to score")
+    if strange := sorted(set(catalog.objects["label"]) - set(classes)): raise ValueError(f"the label '{strange[0]}' is not one of {', '.join(classes)}")
+    shapes = {catalog.shape(i) for i in range(len(catalog))} if grid == "native" else {tuple(grid)}
+    whole = shapes.pop() if len(shapes) == 1 else None
+    found = {name: Evidence(whole, floor, data or catalog.fingerprint(), model_hash, label=name) for name in classes}
+    codes, images = catalog.objects.groupby(["image", "label"])["rle"].agg(list).to_dict(), catalog.images
+    for i, maps in class_batches(model, catalog, size, len(classes), grid, batch_size):
+        image, group = images["image"].iat[i], images["group"].iat[i]
+        for name, z in zip(classes, maps):
+            found[name].add(image, z, true_labels(codes.get((image, name), []), catalog.shape(i), z.shape), group if isinstance(group, str) and group else None)
+    return found
+
+# %% ../nbs/30a_choosing.ipynb #3847da40
+def predict_classes(model, catalog, points, size, batch_size=4):
+    """Return the Catalog of what a segmenter of several classes finds in the images of a Catalog.
+
+    Parameters
+    ----------
+    model, size, batch_size : as `collect_classes`.
+    catalog : `Catalog` with images; its objects are not looked at.
+    points : dict from class to `OperatingPoint`, in the order of the channels; on each image's own grid.
+
+    Returns
+    -------
+    Catalog of the same images; an object is one 8-connected component, its label is the class.
+
+    Raises
+    ------
+    ValueError
+        As `class_logits`; for a point of another grid, or one that needs a gate.
+    """
+    if gated := [name for name, o in points.items() if o.needs_gate]: raise ValueError(f"the point of class '{gated[0]}' needs a gate's score; choose one without")
+    rows = []
+    for i, maps in class_batches(model, catalog, size, len(points), "native", batch_size):
+        for (name, point), z in zip(points.items(), maps):
+            if point.grid is not None and tuple(point.grid) != z.shape: raise ValueError(f"the point of class '{name}' counts pixels of {point.grid}, the image is {z.shape}")
+            rows += _component_rows(catalog.images["image"].iat[i], name, point.keep(z))
+    objects = pd.DataFrame(rows, columns=OBJECT_COLUMNS)
+    images = catalog.images.assign(count=catalog.images["image"].map(objects["image"].value_counts()).fillna(0).astype(np.int64))
+    return Catalog(images, objects, catalog.root, catalog.problems)
+
+
+def _component_rows(image, label, labels):
+    """Rows of OBJECT_COLUMNS, one a component of a label image."""
+    boxes, areas = label_boxes(labels), np.bincount(labels.ravel())[1:]
+    return [(image, label, rle, *box, int(area)) for rle, box, area in zip(encode_instances(labels), boxes.tolist(), areas)]
+
+# %% ../nbs/30a_choosing.ipynb #ed24d115
+def image_class_scores(evidences, points, score="dice"):
+    """Return a score of every image and class, each class at its own point: float64 (images, classes)."""
+    return np.stack([point_scores(evidence, points[name])[score].to_numpy(np.float64) for name, evidence in evidences.items()], 1)
+
+
+def held_out_scores(evidences, score="dice", folds=5, seed=0, **options):
+    """Score every image at points that were chosen without its group.
+
+    Parameters
+    ----------
+    evidences : dict from class to Evidence.
+    score : name of an image's score, as `shipnb.thresholds.image_scores` has it.
+    folds : parts the groups are dealt into, at least 2; each part's points are chosen on the others.
+    seed : of the deal.
+    options : objective, total_areas, min_areas, draws and bounds, as `choose_classes`.
+
+    Returns
+    -------
+    float64 (images, classes).
+
+    Raises
+    ------
+    ValueError
+        For fewer groups than folds, or fewer than 2 folds; as `choose_classes`.
+    """
+    check_classes(evidences)
+    names, member = np.unique(next(iter(evidences.values())).groups.astype(str), return_inverse=True)
+    if not 2 <= folds <= len(names): raise ValueError(f"{folds} folds of {len(names)} groups; there must be at least 2 folds and a group for each")
+    part = np.random.default_rng(seed).permutation(np.arange(len(names)) % folds)[member]
+    out = np.full((len(part), len(evidences)), np.nan)
+    for fold in range(folds):
+        points = choose_classes({name: o.subset(part != fold) for name, o in evidences.items()}, seed=seed, **options)
+        out[part == fold] = image_class_scores({name: o.subset(part == fold) for name, o in evidences.items()}, points, score)
+    return out

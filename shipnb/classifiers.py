@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'SigmoidClassifier', 'sigmoid_task', 'log_odds', 'CropRecipe', 'crop_loaders', 'build_crop_classifier',
-           'train_classifier', 'score_crops', 'precision_draws', 'f1_draws', 'classifier_scores', 'plot_classifiers',
-           'plot_confusion']
+           'train_classifier', 'score_crops', 'image_gate', 'precision_draws', 'f1_draws', 'classifier_scores',
+           'plot_classifiers', 'plot_confusion']
 
-# %% ../nbs/33_classifiers.ipynb #8015f38f
+# %% ../nbs/33_classifiers.ipynb #0311063c
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from .checkpoints import list_checkpoints
 from .class_sampler import class_sampler
-from .dataset import DecodedCache, make_loader, to_input
+from .dataset import DecodedCache, make_loader, shrink, to_input
 from .dataset_tasks import CropDataset
 from .files import build_once, keep_freed_memory, read_json, sha256_file, sha256_text, write_json
 from .models import _resnet, body_names, build_classifier, save_model
@@ -170,7 +170,19 @@ def score_crops(model, catalog, size, batch_size=128):
     images = (torch.from_numpy(np.stack([cache.image(k) for k in rows[start:start + batch_size]])) for start in range(0, len(rows), batch_size))
     with full_float32(device): return np.concatenate([log_odds(model, to_input(o, device)).cpu().numpy() for o in images]).astype(np.float64)
 
-# %% ../nbs/33_classifiers.ipynb #d6c19e28
+# %% ../nbs/33_classifiers.ipynb #e89ee353
+def image_gate(model, size):
+    """Return the function from an image, uint8 (H, W, 3), to its log-odds of class 1, as `shipnb.inference.Predictor` takes a gate; the image is stretched to `size` x `size`."""
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def gate(img):
+        x = to_input(torch.from_numpy(np.ascontiguousarray(shrink(img, (size, size))))[None], device)
+        with full_float32(device): return float(log_odds(model, x)[0])
+
+    return gate
+
+# %% ../nbs/33_classifiers.ipynb #cc3be92f
 def precision_draws(scores, labels, groups, draws=2000, seed=0, chunk=200):
     """Return average precision in each of `draws` resamples of whole groups: float64 (draws,), NaN in a draw without a positive.
 
@@ -202,7 +214,7 @@ def f1_draws(scores, labels, groups, draws=2000, seed=0):
     called, labels = np.asarray(scores) >= 0, np.asarray(labels) == 1
     return bootstrap_ratio(2.0 * (called & labels), called.astype(float) + labels, groups, draws, seed)
 
-# %% ../nbs/33_classifiers.ipynb #8445b691
+# %% ../nbs/33_classifiers.ipynb #5f5b7649
 def classifier_scores(runs, labels, groups, draws=2000, seed=0):
     """Return the scores of strategies on the same crops.
 
@@ -229,7 +241,7 @@ def classifier_scores(runs, labels, groups, draws=2000, seed=0):
         rows[name] |= dict(gain=rows[name]["average_precision"] - first[0], gain_low=low, gain_high=high)
     return pd.DataFrame(rows).T.rename_axis("strategy")
 
-# %% ../nbs/33_classifiers.ipynb #28845e38
+# %% ../nbs/33_classifiers.ipynb #dba85909
 def plot_classifiers(table, title=""):
     """Draw average precision and F1 of a `classifier_scores` table with their intervals, a line a strategy; returns the Figure."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 0.6 + 0.42 * len(table)), layout="constrained", sharey=True)

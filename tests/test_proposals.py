@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from shipnb.dataset import to_input
 from shipnb.fleet_tasks import make_cracks, make_road
 from shipnb.formats import image_files, read
+from shipnb.masks import render_mask
 from shipnb.metrics import box_iou
 from shipnb.proposals import (TorchTransform, _texture_levels, best_ious, crack_augmentation, crack_transforms, crop_name, cut_crops, group_regions, list_files, neighbours, parse_crop_name,
                               propose, read_crops, region_features, selective_search, sliding_windows, tile_boxes, true_boxes)
@@ -151,9 +152,7 @@ def test_crops_hold_the_pixels_of_their_boxes_and_the_label_of_their_iou(roads, 
     assert [o[4] for o in table] == [int((catalog.images["category"][catalog.images["group"] == g] == "1").sum()) for g in ("001", "002", "003")]
 
 
-def sum_mask(catalog, i):
-    from shipnb.masks import render_mask
-    return render_mask(catalog.rles(i), catalog.shape(i), catalog.shape(i))
+def sum_mask(catalog, i): return render_mask(catalog.rles(i), catalog.shape(i), catalog.shape(i))
 
 
 def test_crops_are_cut_anew_for_other_images_and_settings_only(roads, tmp_path):

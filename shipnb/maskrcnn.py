@@ -111,7 +111,7 @@ def mask_boxes(masks):
         sides += [there.int().argmax(1), there.shape[1] - there.flip(1).int().argmax(1)]
     return torch.stack([sides[0], sides[2], sides[1], sides[3]], 1).float()
 
-# %% ../nbs/10b_maskrcnn.ipynb #02e6b89c
+# %% ../nbs/10b_maskrcnn.ipynb #974a9dde
 class VesselDataset(DetectionDataset):
     """Images and instances of a Catalog for Mask R-CNN: `DetectionDataset` with masks, whose images may differ in size.
 
@@ -139,7 +139,7 @@ class VesselDataset(DetectionDataset):
         if side:
             y, x = crop_corner(target["masks"].amax(0).numpy() if len(target["masks"]) else np.zeros(image.shape[1:], np.uint8), side, self.crop_on_ship, rng)
             image, target = image[:, y:y + side, x:x + side].contiguous(), target | dict(masks=target["masks"][:, y:y + side, x:x + side].contiguous())
-        there = target["masks"].flatten(1).any(1)
+        there = (target["masks"] != 0).flatten(1).any(1)
         target = {name: value[there] for name, value in target.items()}
         return image, target | dict(boxes=mask_boxes(target["masks"]))
 

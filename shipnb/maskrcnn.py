@@ -6,7 +6,7 @@
 __all__ = ['MASKRCNN', 'COCO_FILE', 'OUTPUTS', 'replace_heads', 'build_maskrcnn', 'mask_boxes', 'VesselDataset', 'keep_sizes',
            'detect', 'instance_labels', 'export_onnx', 'run_onnx', 'load_maskrcnn']
 
-# %% ../nbs/10b_maskrcnn.ipynb #e74395fa
+# %% ../nbs/10b_maskrcnn.ipynb #c60df17e
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.misc import FrozenBatchNorm2d
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
@@ -149,10 +150,15 @@ class VesselDataset(DetectionDataset):
         image, masks, _ = self.downsample((image, Mask(target["masks"]), BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])))
         return image, target | dict(masks=masks.as_subclass(torch.Tensor))
 
-# %% ../nbs/10b_maskrcnn.ipynb #a228f355
+# %% ../nbs/10b_maskrcnn.ipynb #d429abe2
+class _OwnSizes(GeneralizedRCNNTransform):
+    """Normalises and pads, and leaves sizes alone."""
+    def resize(self, image, target=None): return image, target
+
+
 def keep_sizes(model):
-    """Let a detector of torchvision train on images at the size they have; in eval mode it still resizes to `min_size`. Returns the model."""
-    model.transform._skip_resize = True
+    """Let a detector of torchvision take images at the size they have, in training and in eval mode. Returns the model."""
+    model.transform.__class__ = _OwnSizes
     return model
 
 # %% ../nbs/10b_maskrcnn.ipynb #b0251e81

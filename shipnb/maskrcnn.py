@@ -253,7 +253,7 @@ def run_onnx(path, images):
     found = session.run(None, {o.name: image.numpy() for o, image in zip(session.get_inputs(), images, strict=True)})
     return [dict(zip(OUTPUTS, map(torch.from_numpy, found[k:k + 4]))) for k in range(0, len(found), 4)]
 
-# %% ../nbs/10b_maskrcnn.ipynb #4ae02fa1
+# %% ../nbs/10b_maskrcnn.ipynb #b3e24400
 def load_maskrcnn(folder, device="cpu"):
     """Return (Mask R-CNN in eval mode on `device`, card) of a folder written by `shipnb.models.save_model`.
 
@@ -262,8 +262,9 @@ def load_maskrcnn(folder, device="cpu"):
     """
     card = load_card(folder)
     if card["architecture"] != MASKRCNN: return load_model(folder, device)
+    if "start" not in card: raise ValueError(f"{folder}/card.json lacks start: coco, imagenet or none, from which weights it was trained")
     model = build_maskrcnn(card["classes"] + 1, False, pretrained_backbone=False, **card.get("build", {}))
-    if card.get("start", "none") != "none": _freeze_norms(model.backbone.body, 0.0 if card["start"] == "coco" else 1e-5)
+    if card["start"] != "none": _freeze_norms(model.backbone.body, 0.0 if card["start"] == "coco" else 1e-5)
     try: model.load_state_dict(load_file(Path(folder)/"model.safetensors"))
     except RuntimeError as error: raise ValueError(f"{folder}/model.safetensors does not fit its card ({str(error).splitlines()[0][:200]})") from error
     return model.to(device).eval(), card

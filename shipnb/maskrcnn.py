@@ -47,7 +47,7 @@ def replace_heads(model, num_classes=2):
     heads.mask_predictor = MaskRCNNPredictor(mask.conv5_mask.in_channels, mask.conv5_mask.out_channels, num_classes)
     return model
 
-# %% ../nbs/10b_maskrcnn.ipynb #cd10dc19
+# %% ../nbs/10b_maskrcnn.ipynb #12f2c9bb
 MASKRCNN = "maskrcnn_resnet50_fpn"
 COCO_FILE = "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth"   # as torchvision stores the download
 
@@ -79,7 +79,7 @@ def build_maskrcnn(num_classes=2, pretrained=True, progress=False, pretrained_ba
     except (OSError, RuntimeError) as error:
         if start == "none": raise
         if not scratch_if_offline: raise ValueError(_offline(start, error)) from error
-        warnings.warn(f"{_offline(start, error)}; going on from scratch")
+        warnings.warn(f"{_offline(start, error)}; going on from scratch", stacklevel=2)
         return build_maskrcnn(num_classes, False, progress, False, None, **options)
     model.__class__, model.backbone.__class__, model.start = _MaskRCNN, _Backbone, start
     return replace_heads(model, num_classes)

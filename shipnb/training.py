@@ -634,7 +634,7 @@ def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto",
     recipe : Recipe.
     save_every : int, optimiser steps between two checkpoints within an epoch, beside the one after each epoch; 0 is none.
     devices : int, processes to train in on this machine, copies of this one (`shipnb.parallel.launch`); started by `torchrun`, those it has started.
-    folder : gets checkpoints, log.jsonl, steps.jsonl and model/. The same recipe and data go on from the newest checkpoint, others are refused (ValueError).
+    folder : gets checkpoints, of which the newest stays in the end, log.jsonl, steps.jsonl and model/. The same recipe and data go on from the newest checkpoint, others are refused (ValueError).
 
     Returns
     -------
@@ -651,7 +651,11 @@ def train_model(catalog, parts, recipe, folder, evaluate_every=1, device="auto",
     for _ in learner.epochs(learner.epoch if over() else recipe.epochs, train_loader, valid_loader, evaluate_every):
         learner.save()
         if over(): break
-    by_first(lambda: save_model(Path(folder)/"model", learner.trained, make_card(catalog, parts, recipe, learner)) and None)
+
+    def finish():
+        save_model(Path(folder)/"model", learner.trained, make_card(catalog, parts, recipe, learner))
+        for path in list_checkpoints(folder)[1:]: path.unlink()      # the model is there; one to go on from is enough
+    by_first(finish)
     return learner
 
 # %% ../nbs/20_training.ipynb #f731084f

@@ -2,10 +2,14 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import matplotlib
 import pytest
 
 matplotlib.use("agg")
+# how long an example takes to make says how busy the machine is, not whether the code is right
+hypothesis.settings.register_profile("shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

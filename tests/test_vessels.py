@@ -174,7 +174,7 @@ def test_the_study_runs_on_boxes_in_the_layout_of_masati(tmp_path):
     from shipnb.files import read_json
     from shipnb.runs import run_notebook
     root = make_voc(tmp_path/"voc", images=12, seed=2)
-    record = run_notebook("vessels_maskrcnn", dict(data=str(root), images=0, size=0, crop=96, epochs=1, draws=50), tmp_path/"run")
+    record = run_notebook("vessels_maskrcnn", dict(data=str(root), images=0, size=0, warmup=0, crop=96, epochs=1, draws=50), tmp_path/"run")
     assert record["status"] == "finished"
     results = read_json(tmp_path/"run"/"results.json")
     assert results["images"] == 12 and {o.name for o in (tmp_path/"run").iterdir()} >= {"as_labelled", "downsampled"}

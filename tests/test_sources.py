@@ -185,7 +185,8 @@ def test_the_stored_notebook_is_the_table():
     for row in ROWS:
         start, end = f"| {row['item'].removeprefix('config: ')} | {row['status']} | ", f" | {row['remark']} |"
         line = [o for o in lines if o.startswith(start) and o.endswith(end)]
-        assert len(line) == 1 and line[0].count("](") == len(row["where"].split("; ")), f"{row['item']}: run `shipnb figures sources`"
+        places = [o.rsplit("/", 1)[-1].rsplit("#", 1)[-1] if "::" not in o else o.split("::test_")[1].replace("_", " ") for o in row["where"].split("; ")]
+        assert len(line) == 1 and line[0].count("](") == len(places) and all(f"{o}](" in line[0] for o in places), f"{row['item']}: run `shipnb figures sources`"
     results = json.loads((ROOT/"figures"/"sources.json").read_text(encoding="utf-8"))["results"]
     assert results["rows"] == len(ROWS) and {name: o["all"] for name, o in results["by_source"].items() if name != "all"} == COUNTS
     for name, o in results["by_source"].items():

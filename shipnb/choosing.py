@@ -153,9 +153,9 @@ def save_classes(folder, evidences):
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, evidence in evidences.items(): evidence.save(Path(folder)/f"{name}.npz")
 
-
+# %% ../nbs/30a_choosing.ipynb #30a5c0a4
 def load_classes(folder):
-    """Read what `save_classes` wrote: dict from class to Evidence, by name; FileNotFoundError without one, ValueError when they do not belong together."""
+    """Read what `save_classes` wrote: dict from class to Evidence, in the order of the names, which need not be that of the channels; FileNotFoundError without one, ValueError when they do not belong together."""
     files = sorted(Path(folder).glob("*.npz"))
     if not files: raise FileNotFoundError(f"{folder}: there is no evidence file here; make it with the evaluation pass (30_thresholds)")
     evidences = {o.stem: Evidence.load(o) for o in files}
@@ -177,7 +177,7 @@ def choose_classes(evidences, objective="dice", total_areas=(0,), min_areas=(0, 
     return {name: choose_among(size_surfaces(evidence, own(total_areas, name), own(min_areas, name)), objective, draws, seed, **bounds)
             for name, evidence in evidences.items()}
 
-
+# %% ../nbs/30a_choosing.ipynb #30a5c0a3
 def class_mean(evidences, points, score="dice"):
     """Return the mean of a score over (image, class), each class at its own point."""
     return float(np.mean([point_scores(evidence, points[name])[score].mean() for name, evidence in evidences.items()]))
@@ -254,14 +254,15 @@ def collect_classes(model, catalog, size, classes, grid="native", batch_size=4, 
     return found
 
 # %% ../nbs/30a_choosing.ipynb #3847da40
-def predict_classes(model, catalog, points, size, batch_size=4):
+def predict_classes(model, catalog, points, size, batch_size=4, classes=None):
     """Return the Catalog of what a segmenter of several classes finds in the images of a Catalog.
 
     Parameters
     ----------
     model, size, batch_size : as `collect_classes`.
     catalog : `Catalog` with images; its objects are not looked at.
-    points : dict from class to `OperatingPoint`, in the order of the channels; on each image's own grid.
+    points : dict from class to `OperatingPoint`, on each image's own grid.
+    classes : names of the classes in the order of the channels; None takes the order of `points`, which files may have changed (`load_classes`, a card).
 
     Returns
     -------
@@ -270,19 +271,21 @@ def predict_classes(model, catalog, points, size, batch_size=4):
     Raises
     ------
     ValueError
-        As `class_logits`; for a point of another grid, or one that needs a gate.
+        As `class_logits`; for a point of another grid, one that needs a gate, and a class without a point.
     """
     if gated := [name for name, o in points.items() if o.needs_gate]: raise ValueError(f"the point of class '{gated[0]}' needs a gate's score; choose one without")
-    rows = []
-    for i, maps in class_batches(model, catalog, size, len(points), "native", batch_size):
-        for (name, point), z in zip(points.items(), maps):
+    names, rows = list(points if classes is None else classes), []
+    if set(names) != set(points): raise ValueError(f"points are for the classes {', '.join(points)}, the channels are {', '.join(names)}")
+    for i, maps in class_batches(model, catalog, size, len(names), "native", batch_size):
+        for name, z in zip(names, maps):
+            point = points[name]
             if point.grid is not None and tuple(point.grid) != z.shape: raise ValueError(f"the point of class '{name}' counts pixels of {point.grid}, the image is {z.shape}")
             rows += _component_rows(catalog.images["image"].iat[i], name, point.keep(z))
     objects = pd.DataFrame(rows, columns=OBJECT_COLUMNS)
     images = catalog.images.assign(count=catalog.images["image"].map(objects["image"].value_counts()).fillna(0).astype(np.int64))
     return Catalog(images, objects, catalog.root, catalog.problems)
 
-
+# %% ../nbs/30a_choosing.ipynb #30a5c0a1
 def _component_rows(image, label, labels):
     """Rows of OBJECT_COLUMNS, one a component of a label image."""
     boxes, areas = label_boxes(labels), np.bincount(labels.ravel())[1:]
@@ -293,7 +296,7 @@ def image_class_scores(evidences, points, score="dice"):
     """Return a score of every image and class, each class at its own point: float64 (images, classes)."""
     return np.stack([point_scores(evidence, points[name])[score].to_numpy(np.float64) for name, evidence in evidences.items()], 1)
 
-
+# %% ../nbs/30a_choosing.ipynb #30a5c0a2
 def held_out_scores(evidences, score="dice", folds=5, seed=0, **options):
     """Score every image at points that were chosen without its group.
 

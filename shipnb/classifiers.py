@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'SigmoidClassifier', 'sigmoid_task', 'log_odds', 'CropRecipe', 'crop_loaders', 'build_crop_classifier',
-           'train_classifier', 'score_crops', 'image_gate', 'precision_draws', 'f1_draws', 'classifier_scores',
-           'plot_classifiers', 'plot_confusion']
+           'train_classifier', 'score_crops', 'image_gate', 'precision_draws', 'auc_draws', 'f1_draws',
+           'classifier_scores', 'plot_classifiers', 'plot_confusion']
 
 # %% ../nbs/33_classifiers.ipynb #0311063c
 import json
@@ -25,7 +25,7 @@ from .class_sampler import class_sampler
 from .dataset import DecodedCache, make_loader, shrink, to_input
 from .dataset_tasks import CropDataset
 from .files import build_once, keep_freed_memory, read_json, sha256_file, sha256_text, write_json
-from .models import _resnet, body_names, build_classifier, save_model
+from .models import _load_encoder, _resnet, body_names, build_classifier, save_model
 from .optim import build_optimizer, build_schedule, freeze
 from .proposals import TorchTransform, crack_augmentation
 from .tasks import ClassificationMetric, crop_task, logits_task
@@ -59,6 +59,7 @@ def log_odds(model, x):
 
 # %% ../nbs/33_classifiers.ipynb #4ca2bf85
 HEADS = ("logits", "sigmoid")
+_LATER = {"pool": "avg", "keep_head": False}     # fields younger than the first keys, with their defaults
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ class CropRecipe:
     patience: int = 3               # epochs without a lower validation loss after which training ends; 0 is never
     precision: str = "32-true"
     seed: int = 0
+    pool: str = "avg"               # how features become one number each for the whole image: a name of shipnb.models.POOLS
+    keep_head: bool = False         # the last layer too comes from the file of weights, to go on with the same classes
 
     def key(self, *fingerprints):
-        """Hash of the recipe, the weights it starts from, and the data it is for."""
+        """Hash of the recipe, the weights it starts from, and the data it is for. A field younger than the first keys is not part of it at its default, so that they hold."""
+        given = {name: value for name, value in asdict(self).items() if (name, value) not in _LATER.items()}
         start = sha256_file(self.weights) if Path(self.weights).is_file() else ""
-        return sha256_text(json.dumps([asdict(self), start, *fingerprints], sort_keys=True))[:16]
+        return sha256_text(json.dumps([given, start, *fingerprints], sort_keys=True))[:16]
 
 # %% ../nbs/33_classifiers.ipynb #49958f8e
 def crop_loaders(catalog, train, valid, recipe, classes=("0", "1"), column="category", seed=None):
@@ -105,12 +109,13 @@ def crop_loaders(catalog, train, valid, recipe, classes=("0", "1"), column="cate
 
 # %% ../nbs/33_classifiers.ipynb #d77db0a2
 def build_crop_classifier(recipe):
-    """Return (network, maker of its Task from the loss's weights) of a recipe; ValueError for another head, and for a frozen body under the document's head."""
+    """Return (network, maker of its Task from the loss's weights) of a recipe; ValueError for another head, and for what the document's head does not have: a frozen body, another pool, a head kept."""
     if recipe.head not in HEADS: raise ValueError(f"head must be one of {', '.join(HEADS)}, not '{recipe.head}'")
     if recipe.head == "sigmoid":
-        if recipe.frozen: raise ValueError("the document's head is for its replay, which trains the whole network; use head='logits' with frozen")
+        if recipe.frozen or recipe.keep_head or recipe.pool != "avg": raise ValueError("the document's head is for its replay, which trains the whole network and averages; use head='logits' with frozen, pool or keep_head")
         return SigmoidClassifier(recipe.backbone, recipe.weights), lambda weights: sigmoid_task()
-    network = build_classifier(recipe.backbone, 2, recipe.weights)
+    network = build_classifier(recipe.backbone, 2, "none" if recipe.keep_head else recipe.weights, recipe.pool)
+    if recipe.keep_head: _load_encoder(network, recipe.weights)
     if recipe.frozen: freeze(network, names=body_names(network))
     return network, lambda weights: crop_task(2, weights)
 
@@ -130,7 +135,7 @@ def train_classifier(catalog, train, valid, recipe, folder, classes=("0", "1"), 
     """
     key = recipe.key(catalog.fingerprint(), sha256_text(np.asarray(train).tobytes().hex() + np.asarray(valid).tobytes().hex()), list(classes), column)
     place = build_once(Path(folder)/key, key, lambda temp: _train(temp, key, recipe, crop_loaders(catalog, train, valid, recipe, classes, column), classes, train_scores, device), resume=True)
-    network, _ = build_crop_classifier(replace(recipe, weights="none"))
+    network, _ = build_crop_classifier(replace(recipe, weights="none", keep_head=False))
     network.load_state_dict(load_file(place/"model"/"model.safetensors"))
     table = pd.DataFrame(read_json(place/"epochs.json"))
     return network.to(training_device(device)).eval(), table.assign(best=table.index == int(table["valid_loss"].argmin())), place
@@ -158,7 +163,7 @@ def _train(temp, key, recipe, loaders, classes, train_scores, device):
 
 def _card(recipe, classes, row):
     """The card of a classifier; what has the document's head is not for `load_model`."""
-    return dict(architecture="classifier" if recipe.head == "logits" else "sigmoid classifier", encoder=recipe.backbone, classes=2, labels=list(classes), in_channels=3, size=[recipe.size] * 2, window=[recipe.size] * 2,
+    return dict(architecture="classifier" if recipe.head == "logits" else "sigmoid classifier", encoder=recipe.backbone, classes=2, labels=list(classes), pool=recipe.pool, in_channels=3, size=[recipe.size] * 2, window=[recipe.size] * 2,
                 training=asdict(recipe), metrics={o: row[o] for o in ("epoch", "valid_loss", "balanced_accuracy")})
 
 
@@ -193,12 +198,28 @@ def precision_draws(scores, labels, groups, draws=2000, seed=0, chunk=200):
     The draws of the same groups and seed are the same as in `shipnb.thresholds.bootstrap_ratio`.
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
-    member = np.unique(np.asarray(groups, str), return_inverse=True)[1]
-    order, n = np.argsort(-scores, kind="stable"), member.max() + 1
+    times, member = _resamples(groups, draws, seed)
+    order = np.argsort(-scores, kind="stable")
     last = np.append(np.diff(scores[order]) != 0, True)        # equal scores come at once
-    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
     out = np.concatenate([_precision(times[k:k + chunk][:, member[order]], labels[order], last) for k in range(0, draws, chunk)])
     return out
+
+
+def _resamples(groups, draws, seed):
+    """How often each group is drawn, (draws, groups), and the group of each row, (n,)."""
+    member = np.unique(np.asarray(groups, str), return_inverse=True)[1]
+    n = member.max() + 1
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws), member
+
+
+def auc_draws(scores, labels, groups, draws=2000, seed=0):
+    """Return the area under the ROC curve in each resample, as `precision_draws`; NaN in a draw that lacks a class. The area is the share of pairs, one of each class, in the right order; equal scores are half right."""
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels) == 1
+    times, member = _resamples(groups, draws, seed)
+    positive, negative = times[:, member[labels]], times[:, member[~labels]]
+    right = (np.sign(scores[labels][:, None] - scores[~labels]) + 1) / 2
+    pairs = positive.sum(1) * negative.sum(1)
+    return np.divide(((positive @ right) * negative).sum(1), pairs, out=np.full(draws, np.nan), where=pairs > 0)
 
 
 def _precision(times, labels, last):

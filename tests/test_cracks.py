@@ -1,17 +1,19 @@
-"""The crack document's classifier: its traps shown and absent here, the backbone used again, training that goes on, and scores equal to scikit-learn's."""
+"""The crack document's classifier: its traps shown and absent here, pooling, the backbone used again, training that goes on, and scores equal to scikit-learn's."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 import shipnb.classifiers as classifiers
-from shipnb.classifiers import (CropRecipe, SigmoidClassifier, classifier_scores, f1_draws, image_gate, log_odds, precision_draws, score_crops, sigmoid_task, train_classifier)
+from shipnb.classifiers import (CropRecipe, SigmoidClassifier, auc_draws, build_crop_classifier, classifier_scores, f1_draws, image_gate, log_odds, precision_draws, score_crops, sigmoid_task, train_classifier)
 from shipnb.dataset_tasks import CropDataset
 from shipnb.fleet_tasks import make_cracks
 from shipnb.formats import read
-from shipnb.models import body_names, build_classifier, load_model
+from shipnb.models import body_names, build_classifier, load_model, save_model
 from shipnb.optim import freeze
 from shipnb.proposals import cut_crops, read_crops
 from shipnb.tasks import crop_task
@@ -38,6 +40,49 @@ def test_the_head_takes_the_backbone_s_features(name, features):
     model = build_classifier(name).eval()
     assert model.fc.in_features == features and model.fc.out_features == 2
     with torch.inference_mode(): assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_a_pool_is_the_mean_or_the_highest_of_the_last_stage(pool):
+    torch.manual_seed(1)
+    model, maps = build_classifier("resnet18", pool=pool).eval(), []
+    model.layer4.register_forward_hook(lambda layer, given, out: maps.append(out))
+    with torch.inference_mode():
+        z = model(torch.rand(2, 3, 96, 64))
+        features = maps[0].mean((2, 3)) if pool == "avg" else maps[0].amax((2, 3))
+        assert maps[0].shape[2:] == (3, 2) and torch.allclose(z, model.fc(features), atol=1e-5)
+    theirs = torchvision.models.resnet18(weights=None, num_classes=2).eval()
+    theirs.load_state_dict(model.state_dict())                         # pooling has no weights
+    with torch.inference_mode(): assert torch.equal(theirs(torch.ones(1, 3, 64, 64)), model(torch.ones(1, 3, 64, 64))) == (pool == "avg")
+
+
+def test_keys_from_before_there_was_a_pool_hold():
+    assert CropRecipe().key("x") == "3447d8443ed99b2d" and CropRecipe(size=192, epochs=15, precision="bf16-mixed").key("a", "b") == "73a97210fa0010be"
+    assert len({CropRecipe(**o).key("x") for o in ({}, {"pool": "max"}, {"keep_head": True}, {"pool": "max", "keep_head": True})}) == 4
+
+
+def test_a_card_keeps_the_pool_and_one_without_means_the_average(crops, tmp_path):
+    train, valid = halves(crops)
+    model, _, folder = train_classifier(crops, train, valid, replace(FAST, epochs=1, pool="max"), tmp_path)
+    again, card = load_model(folder/"model")
+    assert card["pool"] == "max" and np.array_equal(score_crops(again, crops, 32), score_crops(model, crops, 32))
+    save_model(tmp_path/"old", model, {name: o for name, o in card.items() if name != "pool"})
+    older, _ = load_model(tmp_path/"old")
+    assert isinstance(older.avgpool, torch.nn.AdaptiveAvgPool2d) and not np.allclose(score_crops(older, crops, 64), score_crops(model, crops, 64))     # 2 x 2 cells; at 32 there is one
+    save_model(tmp_path/"odd", model, card | {"pool": "median"})
+    with pytest.raises(ValueError, match="card.json: pool must be one of avg, max"): load_model(tmp_path/"odd")
+
+
+def test_a_head_that_is_kept_goes_on_from_where_it_was(crops, tmp_path):
+    train, valid = halves(crops)
+    model, _, folder = train_classifier(crops, train, valid, FAST, tmp_path)
+    start = replace(FAST, weights=str(folder/"model"/"model.safetensors"), keep_head=True)
+    network, _ = build_crop_classifier(start)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), network.state_dict().values()))
+    still, _, _ = train_classifier(crops, train, valid, replace(start, epochs=1, lr=1e-12, frozen=True), tmp_path)
+    assert np.allclose(score_crops(still, crops, 32), score_crops(model, crops, 32), atol=1e-4)
+    with pytest.raises(ValueError, match="none does not exist"): build_crop_classifier(replace(FAST, keep_head=True))
+    with pytest.raises(ValueError, match="replay"): build_crop_classifier(replace(FAST, head="sigmoid", pool="max"))
 
 
 def test_asking_for_the_size_with_zeros_moves_batch_norm_and_building_does_not():
@@ -188,6 +233,21 @@ def test_precision_of_resamples_is_scikit_learn_s(seed):
         keep = weights[member] > 0
         if not (labels[keep] == 1).any(): assert np.isnan(got)
         else: assert got == pytest.approx(average_precision_score(labels[keep], scores[keep], sample_weight=weights[member][keep]), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_areas_of_resamples_are_scikit_learn_s(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(5, 60))
+    labels, scores, groups = rng.integers(0, 2, n), np.round(rng.normal(0, 1, n), int(rng.integers(0, 3))), rng.integers(0, 9, n)
+    labels[:2] = 0, 1
+    member = np.unique(groups.astype(str), return_inverse=True)[1]
+    k = member.max() + 1
+    times = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), 40)[:, member]
+    for got, weights in zip(auc_draws(scores, labels, groups, 40, seed), times):
+        keep = weights > 0
+        if len(set(labels[keep])) < 2: assert np.isnan(got)
+        else: assert got == pytest.approx(roc_auc_score(labels[keep], scores[keep], sample_weight=weights[keep]), abs=1e-12)
 
 
 def test_the_resamples_are_the_house_s():

@@ -23,7 +23,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 demo: $(STAMP)  ## the main job on the embedded sample; under 10 minutes on 2 cores after the install
 	$(BIN)/shipnb study --name demo -f nbs/params/demo.yaml
 
-test: $(STAMP) check-clean notebooks pytest  ## everything CI checks; under 25 minutes on 2 cores
+test: $(STAMP) check-clean notebooks pytest  ## everything CI checks; under 30 minutes on 2 free cores
 
 check-clean:  ## notebooks are clean and the package is what they export
 	$(BIN)/python tests/check_generated.py

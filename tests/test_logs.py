@@ -1,13 +1,15 @@
 """The log files, TensorBoard read back by its own reader, and MLflow's calls."""
 import json
+import socket
 import sys
+import tempfile
 import types
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shipnb.logs import Board, draw_edges, log_mlflow, read_lines
+from shipnb.logs import Board, draw_edges, forget_dead_boards, log_mlflow, read_lines
 
 
 def test_images_and_histograms_are_what_tensorboard_reads(tmp_path):
@@ -77,3 +79,21 @@ def test_without_mlflow_the_error_names_the_extra(tmp_path, monkeypatch):
 def test_a_folder_without_a_log_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow([]))
     with pytest.raises(FileNotFoundError, match="nothing was trained there"): log_mlflow(tmp_path, {})
+
+
+def test_only_boards_that_answer_are_remembered(tmp_path, monkeypatch):
+    """A killed TensorBoard leaves its note behind; the next one for the same folder would be shown it."""
+    from tensorboard import manager
+    from tensorboard.version import VERSION
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        manager.write_info_file(manager.TensorBoardInfo(version=VERSION, start_time=0, pid=1, port=port, path_prefix="", logdir=str(tmp_path), db="", cache_key="a"))
+        (note,) = (tmp_path/".tensorboard-info").iterdir()
+        note.rename(note.with_name("pid-1.info"))
+        forget_dead_boards()
+        assert [o.port for o in manager.get_all()] == [port]
+    forget_dead_boards()
+    assert manager.get_all() == []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['choose_among', 'size_surfaces', 'GateSurface', 'change_gates', 'gate_surface', 'choose_gated', 'plot_gates',
-           'check_classes', 'save_classes', 'load_classes', 'choose_classes', 'class_mean', 'class_logits',
-           'class_batches', 'collect_classes', 'predict_classes', 'image_class_scores', 'held_out_scores']
+           'check_classes', 'save_classes', 'load_classes', 'choose_classes', 'class_mean', 'class_batches',
+           'collect_classes', 'predict_classes', 'image_class_scores', 'held_out_scores']
 
 # %% ../nbs/30a_choosing.ipynb #f50c0782
 import dataclasses
@@ -15,13 +15,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
 
 from .catalog import OBJECT_COLUMNS, Catalog
-from .dataset import shrink, to_input
 from .masks import encode_instances, label_boxes
-from .thresholds import (DEFAULT_FLOOR, EDGES, Evidence, Surface, change_areas, choose, edge_index, full_float32, gate_shifts, log_odds_axis,
+from .thresholds import (DEFAULT_FLOOR, EDGES, Evidence, Surface, change_areas, choose, edge_index, gate_shifts, image_logits, log_odds_axis,
                                point_draws, point_scores, surface, surface_sums, true_labels)
 
 # %% ../nbs/30a_choosing.ipynb #80e8e585
@@ -182,42 +179,15 @@ def class_mean(evidences, points, score="dice"):
     """Return the mean of a score over (image, class), each class at its own point."""
     return float(np.mean([point_scores(evidence, points[name])[score].mean() for name, evidence in evidences.items()]))
 
-# %% ../nbs/30a_choosing.ipynb #862e8eec
-@torch.inference_mode()
-def class_logits(model, images, size, classes, grid="native"):
-    """Return the logits of whole images for several classes: a list of float32 (classes, height, width).
-
-    Parameters
-    ----------
-    model : module that maps x (N, 3, h, w) to logits (N, classes, h, w), in float32 and in eval mode.
-    images : list of uint8 arrays (H, W, 3), RGB.
-    size : (h, w), the network's input, pixels.
-    classes : int, number of classes.
-    grid : "native" for each image's own height and width, or (height, width).
-
-    Raises
-    ------
-    ValueError
-        For a model that is not float32, is in training mode, or gives another shape.
-    """
-    weight = next(model.parameters())
-    if weight.dtype != torch.float32 or model.training: raise ValueError(f"the model must be in float32 and in eval mode, not {weight.dtype}, training={model.training}")
-    x = to_input(torch.from_numpy(np.stack([shrink(o, tuple(size)) for o in images])), weight.device)
-    with full_float32(weight.device): z = model(x)
-    wanted = (len(images), classes, *x.shape[2:])
-    if z.shape != wanted: raise ValueError(f"the model gave {tuple(z.shape)}; logits of {classes} classes are {wanted}")
-    grids = [o.shape[:2] if grid == "native" else tuple(grid) for o in images]
-    return [F.interpolate(z[i:i + 1], size=o, mode="bilinear", align_corners=False)[0].cpu().numpy() for i, o in enumerate(grids)]
-
 # %% ../nbs/30a_choosing.ipynb #8926ee5e
 def class_batches(model, catalog, size, classes, grid="native", batch_size=4):
-    """Yield the position of each image of a Catalog and its `class_logits`; the model is put in eval mode for the pass."""
+    """Yield the position of each image of a Catalog and its `image_logits`, float32 (classes, height, width); the model is put in eval mode for the pass."""
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(catalog), batch_size):
             rows = range(start, min(start + batch_size, len(catalog)))
-            yield from zip(rows, class_logits(model, [catalog.read_image(i) for i in rows], size, classes, grid))
+            yield from zip(rows, image_logits(model, [catalog.read_image(i) for i in rows], size, grid, classes))
     finally: model.train(was_training)
 
 # %% ../nbs/30a_choosing.ipynb #932c35fd
@@ -239,7 +209,7 @@ def collect_classes(model, catalog, size, classes, grid="native", batch_size=4, 
     Raises
     ------
     ValueError
-        As `class_logits`; for an empty Catalog, or an object of no class.
+        As `image_logits`; for an empty Catalog, or an object of no class.
     """
     if not len(catalog): raise ValueError("the Catalog has no image to score")
     if strange := sorted(set(catalog.objects["label"]) - set(classes)): raise ValueError(f"the label '{strange[0]}' is not one of {', '.join(classes)}")
@@ -271,7 +241,7 @@ def predict_classes(model, catalog, points, size, batch_size=4, classes=None):
     Raises
     ------
     ValueError
-        As `class_logits`; for a point of another grid, one that needs a gate, and a class without a point.
+        As `image_logits`; for a point of another grid, one that needs a gate, and a class without a point.
     """
     if gated := [name for name, o in points.items() if o.needs_gate]: raise ValueError(f"the point of class '{gated[0]}' needs a gate's score; choose one without")
     names, rows = list(points if classes is None else classes), []

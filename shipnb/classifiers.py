@@ -31,6 +31,7 @@ from .proposals import TorchTransform, crack_augmentation
 from .tasks import ClassificationMetric, crop_task, logits_task
 from .thresholds import bootstrap_ratio, full_float32, interval
 from .training import Learner, set_seeds, stalled, training_device
+from .uncertainty import group_draws, group_members
 
 # %% ../nbs/33_classifiers.ipynb #c31ad189
 class SigmoidClassifier(torch.nn.Module):
@@ -140,7 +141,7 @@ def train_classifier(catalog, train, valid, recipe, folder, classes=("0", "1"), 
     table = pd.DataFrame(read_json(place/"epochs.json"))
     return network.to(training_device(device)).eval(), table.assign(best=table.index == int(table["valid_loss"].argmin())), place
 
-
+# %% ../nbs/33_classifiers.ipynb #54ed2dcf
 def _train(temp, key, recipe, loaders, classes, train_scores, device):
     """Train in a folder, going on from what it holds; leave `model/`, the weights of the lowest validation loss, and `epochs.json`."""
     keep_freed_memory()
@@ -166,7 +167,7 @@ def _card(recipe, classes, row):
     return dict(architecture="classifier" if recipe.head == "logits" else "sigmoid classifier", encoder=recipe.backbone, classes=2, labels=list(classes), pool=recipe.pool, in_channels=3, size=[recipe.size] * 2, window=[recipe.size] * 2,
                 training=asdict(recipe), metrics={o: row[o] for o in ("epoch", "valid_loss", "balanced_accuracy")})
 
-
+# %% ../nbs/33_classifiers.ipynb #54ed2dd1
 @torch.inference_mode()
 def score_crops(model, catalog, size, batch_size=128):
     """Return the log-odds of class 1 for each image of a Catalog, stretched to `size` x `size`: float64 (n,), in float32 arithmetic."""
@@ -201,15 +202,13 @@ def precision_draws(scores, labels, groups, draws=2000, seed=0, chunk=200):
     times, member = _resamples(groups, draws, seed)
     order = np.argsort(-scores, kind="stable")
     last = np.append(np.diff(scores[order]) != 0, True)        # equal scores come at once
-    out = np.concatenate([_precision(times[k:k + chunk][:, member[order]], labels[order], last) for k in range(0, draws, chunk)])
-    return out
+    return np.concatenate([_precision(times[k:k + chunk][:, member[order]], labels[order], last) for k in range(0, draws, chunk)])
 
 
 def _resamples(groups, draws, seed):
     """How often each group is drawn, (draws, groups), and the group of each row, (n,)."""
-    member = np.unique(np.asarray(groups, str), return_inverse=True)[1]
-    n = member.max() + 1
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws), member
+    names, member = group_members(groups)
+    return group_draws(len(names), draws, seed), member
 
 
 def auc_draws(scores, labels, groups, draws=2000, seed=0):

@@ -1312,19 +1312,20 @@ def full_float32(device):
 
 # %% ../nbs/30_thresholds.ipynb #6a17ef95
 @torch.inference_mode()
-def image_logits(model, images, size, grid="native"):
+def image_logits(model, images, size, grid="native", classes=None):
     """Return the logits of whole images.
 
     Parameters
     ----------
-    model : module that maps x (N, 3, h, w) to logits (N, 1, h, w), in float32 and in eval mode.
+    model : module that maps x (N, 3, h, w) to logits (N, classes, h, w), in float32 and in eval mode.
     images : list of uint8 arrays (H, W, 3), RGB.
     size : (h, w), the network's input, pixels.
     grid : "native" for each image's own height and width, or (height, width).
+    classes : int, the model's classes; None is one, whose maps have no axis for it.
 
     Returns
     -------
-    list of float32 arrays (height, width).
+    list of float32 arrays (height, width), or (classes, height, width).
 
     Raises
     ------
@@ -1336,10 +1337,11 @@ def image_logits(model, images, size, grid="native"):
         raise ValueError(f"the model must be in float32 and in eval mode, not {weight.dtype}, training={model.training}")
     x = to_input(torch.from_numpy(np.stack([shrink(o, tuple(size)) for o in images])), weight.device)
     with full_float32(weight.device): z = model(x)
-    wanted = (len(images), 1, *x.shape[2:])
-    if z.shape != wanted: raise ValueError(f"the model gave {tuple(z.shape)}; logits of one class are {wanted}")
+    wanted = (len(images), classes or 1, *x.shape[2:])
+    if z.shape != wanted: raise ValueError(f"the model gave {tuple(z.shape)}; logits of {classes or 'one'} class{'es' if classes else ''} are {wanted}")
     grids = [o.shape[:2] if grid == "native" else tuple(grid) for o in images]
-    return [F.interpolate(z[i:i + 1], size=o, mode="bilinear", align_corners=False)[0, 0].cpu().numpy() for i, o in enumerate(grids)]
+    maps = [F.interpolate(z[i:i + 1], size=o, mode="bilinear", align_corners=False)[0].cpu().numpy() for i, o in enumerate(grids)]
+    return maps if classes else [o[0] for o in maps]
 
 # %% ../nbs/30_thresholds.ipynb #dc30d722
 def true_labels(rles, shape, grid):

@@ -13,14 +13,14 @@ import torch
 from scipy import ndimage
 
 from shipnb.catalog import Catalog
-from shipnb.choosing import choose_classes, class_logits, class_mean, collect_classes, held_out_scores, image_class_scores, predict_classes
+from shipnb.choosing import choose_classes, class_mean, collect_classes, held_out_scores, image_class_scores, predict_classes
 from shipnb.dataset import DecodedCache, SegmentationDataset, to_input, to_target
 from shipnb.dataset_tasks import ClassMasks
 from shipnb.formats import read_severstal, to_severstal_csv
 from shipnb.masks import render_mask, rle_decode, rle_encode
 from shipnb.metrics import mask_counts
 from shipnb.runs import read_overrides, read_parameters, run_notebook
-from shipnb.thresholds import EDGES, Evidence, OperatingPoint, collect_evidence, edge_index, point_scores, surface
+from shipnb.thresholds import EDGES, Evidence, OperatingPoint, collect_evidence, edge_index, image_logits, point_scores, surface
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [f"defect_{k}" for k in range(1, 5)]
@@ -117,8 +117,8 @@ def test_each_class_is_what_the_pass_of_that_class_alone_gives(plates, found):
 def test_the_pass_leaves_the_model_as_it_was(plates):
     model = FourMaps().train()
     assert next(iter(collect_classes(model, plates.subset([0]), (32, 80), CLASSES).values())).counts.tolist() == [0] and model.training
-    with pytest.raises(ValueError, match="in eval mode"): class_logits(model, [plates.read_image(0)], (32, 80), 4)
-    with pytest.raises(ValueError, match="logits of 5 classes"): class_logits(model.eval(), [plates.read_image(0)], (32, 80), 5)
+    with pytest.raises(ValueError, match="in eval mode"): image_logits(model, [plates.read_image(0)], (32, 80), classes=4)
+    with pytest.raises(ValueError, match="logits of 5 classes"): image_logits(model.eval(), [plates.read_image(0)], (32, 80), classes=5)
     with pytest.raises(ValueError, match="no image to score"): collect_classes(model, plates.subset([]), (32, 80), CLASSES)
 
 
